@@ -1,0 +1,27 @@
+"""What a step hands to every layer. Knows no models and no scheduler.
+
+Letters (docs/glossary.md): T tokens of the step, S sequences, R slots, M pages per sequence.
+"""
+
+from typing import NamedTuple
+
+from jax import Array
+from jax.sharding import Mesh
+
+from pallas_kernels.dispatch import KernelSet
+from pallas_kernels.paged_attention.api import AttentionBatch
+
+
+class StepBatch(NamedTuple):
+    """Positions and attention metadata of a step's tokens."""
+
+    positions_T: Array  # int32 [T], 0 for padding
+    attention: AttentionBatch
+
+
+class LayerContext(NamedTuple):
+    """What layers are built with: where they run and which kernels they call."""
+
+    mesh: Mesh
+    kernels: KernelSet
+    dtype: str  # of weights and activations: "float32", "bfloat16", "float16"

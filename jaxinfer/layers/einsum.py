@@ -1,0 +1,47 @@
+"""A weight and the einsum that applies it: math, layout and sharding from one string.
+
+Weights are stored with the contracted dimensions first ("DKRH" for "TD,DKRH->TKRH"): XLA then
+reads them in the order they lie in memory on every platform (measured on the CPU: a weight whose
+contracted dimension is last and that has two output dimensions is transposed on every call).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jaxinfer.layers.batch_types import LayerContext
+from jaxinfer.parallel.rules import sharding_of, spec_of
+
+
+def weight(context: LayerContext, letters: str, **dims: int) -> nnx.Param:
+    """A parameter of zeros whose shape and sharding follow from its letters.
+
+    Made under `nnx.eval_shape`, so the zeros never exist; weights/loader.py fills it.
+    """
+    shape = tuple(dims[letter] for letter in letters)
+    return nnx.Param(jnp.zeros(shape, context.dtype), spec=spec_of(letters))
+
+
+class Einsum(nnx.Module):
+    """`Einsum(context, "TD,DUF->TUF", D=576, U=2, F=1536)`: one projection, optionally biased.
+
+    The first operand is the activation, the second the weight. When a contracted dimension is
+    split over the mesh, the output's sharding constraint is what makes XLA add the parts up.
+    """
+
+    def __init__(
+        self, context: LayerContext, equation: str, *, bias: str | None = None, **dims: int
+    ) -> None:
+        operands, out = equation.split("->")
+        self.equation = equation
+        self.kernel = weight(context, operands.split(",")[1], **dims)
+        self.bias = weight(context, bias, **dims) if bias else None
+        self.out_sharding = sharding_of(context.mesh, out)
+
+    def __call__(self, x: Array) -> Array:
+        out = jnp.einsum(self.equation, x, self.kernel.get_value(), preferred_element_type=x.dtype)
+        out = jax.lax.with_sharding_constraint(out, self.out_sharding)
+        if self.bias is not None:
+            out = out + self.bias.get_value()
+        return out

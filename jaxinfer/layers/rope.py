@@ -1,0 +1,132 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) in Hugging Face's half layout.
+
+Knows the scaling rules that checkpoints name in `rope_parameters` (transformers 5) or
+`rope_scaling` (transformers 4); refuses others by name. Angles are computed once per step and
+shared by all layers.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxinfer.errors import CheckpointError
+
+SCALINGS = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Inverse frequencies [H/2] and the factor on cos and sin."""
+
+    inv_freq: tuple[float, ...]
+    attention_factor: float = 1.0
+
+
+class RopeAngles(NamedTuple):
+    """cos and sin of every token's angles, float32 [T, H/2]."""
+
+    cos_TH: Array
+    sin_TH: Array
+
+
+def rope_from_hf(config: Mapping[str, Any], *, head_dim: int) -> RopeConfig:
+    """Reads either spelling of config.json. Raises CheckpointError on an unknown `rope_type`."""
+    parameters = dict(config.get("rope_parameters") or {})
+    if not parameters:
+        parameters = dict(config.get("rope_scaling") or {})
+    parameters.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+    if rope_type not in SCALINGS:
+        raise CheckpointError(
+            f"rope_type {rope_type!r} of config.json is not supported; this version knows "
+            f"{', '.join(SCALINGS)}."
+        )
+    partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    if partial != 1:
+        raise CheckpointError(
+            f"partial_rotary_factor {partial} of config.json is not supported; only 1 is."
+        )
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    inv_freq = 1.0 / float(parameters["rope_theta"]) ** exponents
+    try:
+        if rope_type == "linear":
+            inv_freq = inv_freq / parameters["factor"]
+        elif rope_type == "llama3":
+            inv_freq = _llama3(inv_freq, parameters)
+        elif rope_type == "yarn":
+            return _yarn(inv_freq, parameters, config)
+    except KeyError as error:
+        raise CheckpointError(
+            f"rope_type {rope_type!r} needs {error.args[0]!r} in rope_parameters of config.json."
+        ) from None
+    return RopeConfig(inv_freq=tuple(inv_freq.tolist()))
+
+
+def _llama3(inv_freq: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
+    """Llama 3.1's rule: long waves are slowed by `factor`, short ones kept, others blended."""
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    turns = parameters["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clip(0.0, 1.0)
+    return inv_freq * (kept + (1 - kept) / parameters["factor"])
+
+
+def _yarn(
+    inv_freq: np.ndarray, parameters: Mapping[str, Any], config: Mapping[str, Any]
+) -> RopeConfig:
+    """YaRN (Peng et al. 2023, arXiv 2309.00071): blend by how often a dimension turns."""
+    original = (
+        parameters.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    )
+    factor = parameters.get("factor") or config["max_position_embeddings"] / original
+    half, theta = len(inv_freq), float(parameters["rope_theta"])
+
+    def dimension_of(turns: float) -> float:
+        return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
+
+    low = dimension_of(parameters.get("beta_fast") or 32.0)
+    high = dimension_of(parameters.get("beta_slow") or 1.0)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    ramp = ((np.arange(half) - low) / max(high - low, 0.001)).clip(0.0, 1.0)
+    blended = inv_freq * (1 - ramp) + inv_freq / factor * ramp
+    return RopeConfig(
+        inv_freq=tuple(blended.tolist()), attention_factor=_yarn_factor(factor, parameters)
+    )
+
+
+def _yarn_factor(factor: float, parameters: Mapping[str, Any]) -> float:
+    """The scale of cos and sin; DeepSeek's mscale pair overrides the paper's formula."""
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    given = parameters.get("attention_factor")
+    if given is not None:
+        return float(given)
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return mscale(parameters["mscale"]) / mscale(parameters["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def rope_angles(positions_T: Array, config: RopeConfig) -> RopeAngles:
+    """Angles of int32 positions [T]; float32, since bfloat16 rounds positions above 256."""
+    inv_freq = jnp.asarray(np.asarray(config.inv_freq, np.float32))
+    angle_TH = positions_T.astype(jnp.float32)[:, None] * inv_freq[None, :]
+    factor = jnp.float32(config.attention_factor)
+    return RopeAngles(cos_TH=jnp.cos(angle_TH) * factor, sin_TH=jnp.sin(angle_TH) * factor)
+
+
+def apply_rope(x: Array, angles: RopeAngles) -> Array:
+    """Rotates x [T, ..., H]; the pairs are (h, h + H/2), as in Hugging Face checkpoints."""
+    extra = (1,) * (x.ndim - 2)
+    cos = angles.cos_TH.reshape(angles.cos_TH.shape[0], *extra, -1)
+    sin = angles.sin_TH.reshape(cos.shape)
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    return rotated.astype(x.dtype)

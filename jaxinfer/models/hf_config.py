@@ -1,0 +1,66 @@
+"""Reading config.json strictly: a switch that this version does not know is refused by name.
+
+Knows which keys never change a forward pass; the family files say which others they honour.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jaxinfer.errors import CheckpointError
+
+IRRELEVANT_KEYS = frozenset(
+    """
+    add_cross_attention architectures attention_dropout attn_implementation auto_map
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing hidden_dropout id2label initializer_range is_decoder
+    is_encoder_decoder is_llama_config label2id length_penalty max_length
+    max_position_embeddings min_length model_type no_repeat_ngram_size num_beam_groups
+    num_beams num_return_sequences output_attentions output_hidden_states output_past
+    output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads
+    remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    vocab_size
+    """.split()
+)
+
+
+def refuse_unknown(config: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises CheckpointError naming every key that is set and that nobody here understands.
+
+    Keys that are null, false or empty, private ("_name_or_path") or belong to other runtimes
+    ("transformers.js_config") say nothing about the forward pass. Strings are labels.
+    """
+    unknown = sorted(
+        key
+        for key, value in config.items()
+        if key not in known
+        and key not in IRRELEVANT_KEYS
+        and not key.startswith(("_", "transformers"))
+        and value not in (None, False, 0, [], {})
+        and not isinstance(value, str)
+    )
+    if unknown:
+        shown = ", ".join(f"{key}={config[key]!r}" for key in unknown)
+        raise CheckpointError(
+            f"config.json of model_type {config.get('model_type')!r} sets {shown}, which this "
+            "version does not know and will not ignore. Remove a key only if it does not change "
+            "the model's output."
+        )
+
+
+def require(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a key that a model cannot do without."""
+    value = config.get(key)
+    if value is None:
+        raise CheckpointError(f"config.json has no {key!r}; the model cannot be built without it.")
+    return value
+
+
+def checkpoint_dtype(config: Mapping[str, Any]) -> str:
+    """The dtype that config.json states ("float32" when it states none)."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")

@@ -1,0 +1,159 @@
+"""The Llama family's config.json, read strictly into one frozen record. No modules, no tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxinfer.errors import CheckpointError
+from jaxinfer.layers.rope import RopeConfig, rope_from_hf
+from jaxinfer.models.hf_config import refuse_unknown, require
+from jaxinfer.parallel.heads import HeadLayout, plan_heads
+
+QK_NORM_TYPES = ("qwen3",)
+QKV_BIAS_TYPES = ("qwen2",)  # always biased; the others say so with `attention_bias`
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """One model of the family. `num_heads` etc. are the checkpoint's, `heads` the engine's."""
+
+    num_layers: int
+    model_dim: int
+    hidden_dim: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    heads: HeadLayout
+    norm_eps: float
+    rope: RopeConfig
+    tie_embeddings: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]  # [L]
+    rope_layers: tuple[bool, ...]  # [L] SmolLM3 leaves some layers without positions
+    attention_scale: float
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    tensor: int = 1  # devices the padded sizes divide by
+
+    @property
+    def padded_hidden_dim(self) -> int:
+        return self.hidden_dim + -self.hidden_dim % self.tensor
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.vocab_size + -self.vocab_size % self.tensor
+
+
+_COMMON_KEYS = frozenset(
+    """
+    hidden_size num_hidden_layers intermediate_size num_attention_heads num_key_value_heads
+    head_dim rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings hidden_act
+    attention_bias mlp_bias partial_rotary_factor
+    """.split()
+)
+_WINDOW_KEYS = frozenset(
+    {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+)
+_KEYS_BY_TYPE: Mapping[str, frozenset[str]] = {
+    "llama": frozenset(),
+    "mistral": frozenset({"sliding_window", "layer_types"}),
+    "qwen2": frozenset(
+        {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+    ),
+    "qwen3": frozenset(
+        {"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"}
+    ),
+    "granite": frozenset(
+        {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
+    ),
+    "smollm3": _WINDOW_KEYS | {"no_rope_layers", "no_rope_layer_interval"},
+}
+
+
+def config_from_hf(config: Mapping[str, Any], *, tensor: int) -> LlamaConfig:
+    """Reads config.json. Raises CheckpointError on a missing size or an unknown switch."""
+    model_type = config.get("model_type") or "llama"
+    if model_type not in _KEYS_BY_TYPE:
+        raise CheckpointError(
+            f"model_type {model_type!r} of config.json is not one of the Llama family: "
+            f"{', '.join(_KEYS_BY_TYPE)}."
+        )
+    refuse_unknown(config, _COMMON_KEYS | _KEYS_BY_TYPE[model_type])
+    activation = config.get("hidden_act") or "silu"
+    if activation not in ("silu", "swish"):
+        raise CheckpointError(
+            f"hidden_act {activation!r} of config.json is not supported: silu is."
+        )
+    num_heads = int(require(config, "num_attention_heads"))
+    num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"num_attention_heads {num_heads} must be a multiple of num_key_value_heads "
+            f"{num_kv_heads} in config.json."
+        )
+    num_layers = int(require(config, "num_hidden_layers"))
+    model_dim = int(require(config, "hidden_size"))
+    head_dim = int(config.get("head_dim") or model_dim // num_heads)
+    has_bias = bool(config.get("attention_bias"))
+    return LlamaConfig(
+        num_layers=num_layers,
+        model_dim=model_dim,
+        hidden_dim=int(require(config, "intermediate_size")),
+        vocab_size=int(require(config, "vocab_size")),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        heads=plan_heads(num_heads=num_heads, num_kv_heads=num_kv_heads, tensor=tensor),
+        norm_eps=float(config.get("rms_norm_eps") or 1e-6),
+        rope=rope_from_hf(config, head_dim=head_dim),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=has_bias or model_type in QKV_BIAS_TYPES,
+        out_bias=has_bias and model_type not in QKV_BIAS_TYPES,
+        mlp_bias=bool(config.get("mlp_bias")),
+        qk_norm=model_type in QK_NORM_TYPES,
+        windows=_windows(config, model_type, num_layers),
+        rope_layers=_rope_layers(config, num_layers),
+        attention_scale=float(config.get("attention_multiplier") or head_dim**-0.5),
+        embedding_multiplier=float(config.get("embedding_multiplier") or 1.0),
+        residual_multiplier=float(config.get("residual_multiplier") or 1.0),
+        logits_divisor=float(config.get("logits_scaling") or 1.0),
+        tensor=tensor,
+    )
+
+
+def _windows(config: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window: Mistral's is in all layers, Qwen's in those from a layer on."""
+    window = config.get("sliding_window")
+    if not window or (model_type != "mistral" and not config.get("use_sliding_window")):
+        return (None,) * num_layers
+    layer_types = config.get("layer_types")
+    if layer_types:
+        unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+        if unknown or len(layer_types) != num_layers:
+            raise CheckpointError(
+                f"layer_types of config.json must name full_attention or sliding_attention for "
+                f"each of {num_layers} layers, got {layer_types!r}."
+            )
+        return tuple(int(window) if kind == "sliding_attention" else None for kind in layer_types)
+    first = 0 if model_type == "mistral" else int(config.get("max_window_layers") or 0)
+    return tuple(int(window) if layer >= first else None for layer in range(num_layers))
+
+
+def _rope_layers(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+    """SmolLM3: `no_rope_layers` has a 1 for each layer that *uses* rope, every n-th has none."""
+    flags = config.get("no_rope_layers")
+    interval = config.get("no_rope_layer_interval")
+    if flags:
+        if len(flags) != num_layers:
+            raise CheckpointError(
+                f"no_rope_layers of config.json must have {num_layers} entries, got {len(flags)}."
+            )
+        return tuple(bool(flag) for flag in flags)
+    if interval:
+        return tuple((layer + 1) % interval != 0 for layer in range(num_layers))
+    return (True,) * num_layers

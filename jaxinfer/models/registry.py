@@ -1,0 +1,33 @@
+"""Architecture name -> model family. One line a family; modules are imported when asked for."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer.errors import CheckpointError
+from jaxinfer.models.base import ModelDef
+
+FAMILIES = {
+    "LlamaForCausalLM": "jaxinfer.models.llama:llama_family",
+    "MistralForCausalLM": "jaxinfer.models.llama:llama_family",
+    "Qwen2ForCausalLM": "jaxinfer.models.llama:llama_family",
+    "Qwen3ForCausalLM": "jaxinfer.models.llama:llama_family",
+    "GraniteForCausalLM": "jaxinfer.models.llama:llama_family",
+    "SmolLM3ForCausalLM": "jaxinfer.models.llama:llama_family",
+}
+
+
+def define_model(config: Mapping[str, Any], *, tensor: int) -> ModelDef:
+    """The model that a config.json describes, laid out for `tensor` devices.
+
+    Raises CheckpointError for an architecture that is not here; the message lists those that are.
+    """
+    architectures = config.get("architectures") or []
+    for name in architectures:
+        if name in FAMILIES:
+            module, function = FAMILIES[name].split(":")
+            return getattr(importlib.import_module(module), function)(config, tensor=tensor)
+    raise CheckpointError(
+        f"architectures {architectures!r} of config.json is not supported; this version serves "
+        f"{', '.join(FAMILIES)}."
+    )

@@ -1,0 +1,32 @@
+"""The device mesh. Every part of the engine sees devices through it; one device is a mesh of ones.
+
+Axes: `data` (replicas and attention data parallelism), `pipe` (stages of layers), `expert`,
+`tensor` (heads, hidden width and vocabulary of one layer).
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxinfer.errors import ConfigError
+
+AXES = ("data", "pipe", "expert", "tensor")
+
+
+def make_mesh(*, tensor: int, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh over the first `tensor` devices.
+
+    Raises ConfigError when there are fewer devices than asked for.
+    """
+    if tensor > len(devices):
+        hint = ""
+        if devices and devices[0].platform == "cpu":
+            hint = f" (XLA_FLAGS=--xla_force_host_platform_device_count={tensor} shows more)"
+        raise ConfigError(
+            f"--tensor-parallel-size {tensor} needs {tensor} devices, but there are "
+            f"{len(devices)}: use at most {len(devices)}{hint}."
+        )
+    grid = np.asarray(devices[:tensor]).reshape(1, 1, 1, tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

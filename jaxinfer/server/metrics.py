@@ -1,0 +1,221 @@
+"""Prometheus metrics under vLLM's names and bucket edges, with a configurable prefix.
+
+Times come from the engine's own clocks (`RequestMetrics`), so a slow reader of a stream does not
+look like a slow engine. Engine gauges are read from the last snapshot at scrape time: a scrape
+sends nothing to the engine. Knows no HTTP.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from jaxinfer.core.messages import EngineInfo, EngineStats
+from jaxinfer.core.outputs import RequestMetrics
+from jaxinfer.core.request import FinishReason
+
+# fmt: off
+_LATENCY_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+_ITL_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_HTTP_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+# fmt: on
+_CHOICES = (1, 2, 5, 10, 20)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def _token_buckets(limit: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, ... up to `limit`."""
+    steps = (digit * 10**power for power in range(10) for digit in (1, 2, 5))
+    return [step for step in steps if step <= limit]
+
+
+class HttpMetrics:
+    """Counts HTTP requests; exists before there is an engine."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter(
+            "http_requests",
+            "HTTP requests by route, method and status.",
+            ("handler", "method", "status"),
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "http_request_duration_seconds",
+            "Time to the end of the response.",
+            ("handler", "method"),
+            buckets=_HTTP_S,
+            registry=registry,
+        )
+
+    def observe(self, *, handler: str, method: str, status: int, seconds: float) -> None:
+        # A client chooses the method's name: unknown ones must not grow the label set.
+        method = method if method in _METHODS else "other"
+        self._requests.labels(handler, method, str(status)).inc()
+        self._seconds.labels(handler, method).observe(seconds)
+
+
+class EngineMetrics:
+    """Everything labelled with the model's name."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        prefix: str,
+        model_name: str,
+        info: EngineInfo,
+        stats: Callable[[], EngineStats],
+    ) -> None:
+        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
+            family = Histogram(
+                f"{prefix}:{name}", text, ("model_name",), buckets=buckets, registry=registry
+            )
+            return family.labels(model_name)
+
+        def counter(name: str, text: str) -> Counter:
+            family = Counter(f"{prefix}:{name}", text, ("model_name",), registry=registry)
+            return family.labels(model_name)
+
+        tokens = _token_buckets(info.max_model_len)
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
+        self.itl = histogram("inter_token_latency_seconds", "Token to next token.", _ITL_S)
+        self._tpot = histogram(
+            "request_time_per_output_token_seconds", "Mean of a request's token times.", _ITL_S
+        )
+        self._e2e = histogram("e2e_request_latency_seconds", "Arrival to the end.", _LATENCY_S)
+        self._queue = histogram("request_queue_time_seconds", "Arrival to first step.", _LATENCY_S)
+        self._prefill = histogram(
+            "request_prefill_time_seconds", "First step to first token.", _LATENCY_S
+        )
+        self._decode = histogram(
+            "request_decode_time_seconds", "First token to last token.", _LATENCY_S
+        )
+        self._inference = histogram(
+            "request_inference_time_seconds", "First step to last token.", _LATENCY_S
+        )
+        self._request_prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", tokens)
+        self._request_output = histogram(
+            "request_generation_tokens", "Tokens generated for a request.", tokens
+        )
+        self._params_n = histogram("request_params_n", "n of a request.", _CHOICES)
+        self._params_max = histogram(
+            "request_params_max_tokens", "max_tokens of a request.", tokens
+        )
+        success = Counter(
+            f"{prefix}:request_success",
+            "Completions ended, by reason; abort counts clients that went away.",
+            ("model_name", "finished_reason"),
+            registry=registry,
+        )
+        self._finished = {
+            reason.value: success.labels(model_name, reason.value) for reason in FinishReason
+        }
+        registry.register(_EngineCollector(prefix, model_name, info, stats))
+
+    def accepted(self, *, num_prompt_tokens: int, n: int, max_tokens: int | None) -> None:
+        self.prompt_tokens.inc(num_prompt_tokens)
+        self._request_prompt.observe(num_prompt_tokens)
+        self._params_n.observe(n)
+        if max_tokens is not None:
+            self._params_max.observe(max_tokens)
+
+    def finished(self, reason: str, *, count: int = 1) -> None:
+        self._finished[reason].inc(count)
+
+    def request_ended(self, times: RequestMetrics, *, num_tokens: int, end_time_s: float) -> None:
+        """`num_tokens` and the times are of one request; missing times are left out."""
+        self._request_output.observe(num_tokens)
+        self._e2e.observe(end_time_s - times.arrival_time_s)
+        if times.queue_time_s is None:
+            return
+        self._queue.observe(times.queue_time_s)
+        if times.first_token_time_s is None or times.last_token_time_s is None:
+            return
+        started_s = times.arrival_time_s + times.queue_time_s
+        decode_s = times.last_token_time_s - times.first_token_time_s
+        self._prefill.observe(max(0.0, times.first_token_time_s - started_s))
+        self._decode.observe(decode_s)
+        self._inference.observe(max(0.0, times.last_token_time_s - started_s))
+        if num_tokens > 1:
+            self._tpot.observe(decode_s / (num_tokens - 1))
+
+
+class Metrics:
+    """The registry and what is in it."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        self.http = HttpMetrics(self._registry)
+
+    def engine(
+        self, *, prefix: str, model_name: str, info: EngineInfo, stats: Callable[[], EngineStats]
+    ) -> EngineMetrics:
+        return EngineMetrics(
+            self._registry, prefix=prefix, model_name=model_name, info=info, stats=stats
+        )
+
+    def exposition(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    """Turns the engine's last snapshot into metrics when asked."""
+
+    def __init__(
+        self, prefix: str, model_name: str, info: EngineInfo, stats: Callable[[], EngineStats]
+    ) -> None:
+        self._prefix = prefix
+        self._model_name = model_name
+        self._info = info
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        gauges = (
+            ("num_requests_running", "Requests in the batch.", stats.num_running),
+            ("num_requests_waiting", "Requests in the queue.", stats.num_waiting),
+            ("kv_cache_usage_perc", "KV pages in use, 0 to 1.", stats.kv_usage),
+        )
+        counters = (
+            ("engine_steps", "Steps taken.", stats.num_steps_total),
+            ("prefix_cache_queries", "Tokens looked up.", stats.prefix_queries_total),
+            ("prefix_cache_hits", "Tokens found.", stats.prefix_hits_total),
+            ("num_preemptions", "Requests preempted.", stats.num_preemptions_total),
+            ("compiles_after_ready", "Must stay 0.", stats.num_compiles_after_ready),
+        )
+        for name, text, value in gauges:
+            gauge = GaugeMetricFamily(f"{self._prefix}:{name}", text, labels=("model_name",))
+            gauge.add_metric((self._model_name,), value)
+            yield gauge
+        for name, text, value in counters:
+            counter = CounterMetricFamily(f"{self._prefix}:{name}", text, labels=("model_name",))
+            counter.add_metric((self._model_name,), value)
+            yield counter
+        yield self._cache_config()
+
+    def _cache_config(self) -> Metric:
+        info = self._info
+        labels = {
+            "model_name": self._model_name,
+            "block_size": str(info.page_size),
+            "num_gpu_blocks": str(info.num_pages),
+            "enable_prefix_caching": str(info.enable_prefix_caching),
+        }
+        family = GaugeMetricFamily(
+            f"{self._prefix}:cache_config_info", "The KV cache.", labels=tuple(labels)
+        )
+        family.add_metric(tuple(labels.values()), 1)
+        return family

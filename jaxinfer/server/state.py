@@ -1,0 +1,144 @@
+"""What the handlers share: the engine once it is there, and what is in flight.
+
+The HTTP server answers before the engine does, so the engine is attached later. Knows no routes.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from aiohttp import web
+
+from jaxinfer.config.schema import ServerConfig
+from jaxinfer.core.messages import EngineInfo
+from jaxinfer.engine.async_engine import AsyncEngine
+from jaxinfer.errors import ModelNotFoundError
+from jaxinfer.server.errors import unavailable
+from jaxinfer.server.metrics import EngineMetrics, Metrics
+from jaxinfer.tokenizer.tokenizer import Tokenizer
+from jaxinfer.version import VERSION
+
+STALL_AFTER_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """An engine that is ready, and what the API says of it."""
+
+    engine: AsyncEngine
+    tokenizer: Tokenizer
+    model_names: tuple[str, ...]  # the first is the canonical one
+    sampling_defaults: Mapping[str, Any]
+    metrics: EngineMetrics
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.engine.info
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: same value, same program and model."""
+        info = self.info
+        what = f"{info.model}|{info.dtype}|{info.device}|{info.max_model_len}|{info.page_size}"
+        return f"jaxinfer-{VERSION}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+
+    @cached_property
+    def longest_token_bytes(self) -> int:
+        """Bounds how few tokens a text can be. Costs milliseconds: not for the event loop."""
+        return max(len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size))
+
+    def check_model(self, name: str | None) -> str:
+        """The name to show in the answer. Raises ModelNotFoundError; none given is the model."""
+        if name is None:
+            return self.model_names[0]
+        if name not in self.model_names:
+            names = ", ".join(f"`{known}`" for known in self.model_names)
+            raise ModelNotFoundError(f"The model `{name}` does not exist. Served here: {names}.")
+        return name
+
+
+class ServerState:
+    """Mutable state of the server process; lives on the event loop's thread only."""
+
+    def __init__(self, config: ServerConfig, *, stall_after_s: float = STALL_AFTER_S) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.phase = "starting"
+        self.is_draining = False
+        self.num_inflight = 0
+        self._busy_since_s = 0.0
+        self._stall_after_s = stall_after_s
+        self._serving: Serving | None = None
+
+    def attach(
+        self,
+        engine: AsyncEngine,
+        *,
+        tokenizer: Tokenizer,
+        model_names: tuple[str, ...],
+        sampling_defaults: Mapping[str, Any],
+    ) -> None:
+        """From now on requests are served by `engine`, which has started."""
+        metrics = self.metrics.engine(
+            prefix=self.config.metrics_prefix,
+            model_name=model_names[0],
+            info=engine.info,
+            stats=lambda: engine.stats,
+        )
+        self._serving = Serving(
+            engine=engine,
+            tokenizer=tokenizer,
+            model_names=model_names,
+            sampling_defaults=sampling_defaults,
+            metrics=metrics,
+        )
+        self.phase = "ready"
+
+    @property
+    def serving(self) -> Serving:
+        """Raises ApiError 503 while there is no engine to serve with."""
+        if self._serving is None:
+            raise unavailable(f"The engine is not ready yet (phase: {self.phase}).")
+        if self.is_draining:
+            raise unavailable("The server is shutting down.")
+        return self._serving
+
+    def begin(self) -> None:
+        if self.num_inflight == 0:
+            self._busy_since_s = time.monotonic()
+        self.num_inflight += 1
+
+    def end(self) -> None:
+        self.num_inflight -= 1
+
+    def not_ready(self) -> str | None:
+        """Why /ready is not 200."""
+        if self._serving is None:
+            return f"starting: {self.phase}"
+        if self.is_draining:
+            return "shutting down"
+        if not self._serving.engine.is_ready:
+            return "the engine is not ready"
+        return self.not_alive()
+
+    def not_alive(self) -> str | None:
+        """Why /health is not 200: the engine is gone, or works on requests and takes no steps."""
+        if self._serving is None:
+            return None
+        engine = self._serving.engine
+        if not engine.is_alive:
+            return "the engine process is gone"
+        if self.num_inflight == 0:
+            return None
+        last_sign_s = max(self._busy_since_s, engine.last_step_time_s or 0.0)
+        silent_s = time.monotonic() - last_sign_s
+        if silent_s > self._stall_after_s:
+            return f"requests are running and no step has ended for {silent_s:.0f} s"
+        return None
+
+
+STATE = web.AppKey("STATE", ServerState)

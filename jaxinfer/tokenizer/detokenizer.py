@@ -1,0 +1,214 @@
+"""Token ids to text while they come: for streaming. Knows the tokenizer, nothing of requests.
+
+The text equals what decoding prompt and output together adds to decoding the prompt. Where the
+decoder is byte-level BPE or SentencePiece (nearly every LLM) tokens are turned into bytes from a
+cached table and decoded by an incremental UTF-8 decoder: constant time and exact. Other decoders
+go through a window of the last tokens, decoded with and without the new one; this is the
+prefix-offset method of Hugging Face text-generation-inference (`decode_token` in
+server/text_generation_server/models/model.py).
+"""
+
+import codecs
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from jaxinfer.tokenizer.decoding import DecoderKind, fallback_byte
+from jaxinfer.tokenizer.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+_WINDOW_TOKENS = 6  # prompt tokens that the window method starts from
+_MAX_HELD_TOKENS = 16  # tokens without a complete character after which the window gives up
+_MAX_HELD_BYTES = 32  # of a run of SentencePiece byte tokens, see _SentencePieceStream
+_MAX_UTF8_BYTES = 4
+
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class _Stream(Protocol):
+    def push(self, token_id: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class IncrementalDetokenizer:
+    """The text of one sequence's output. Never gives text that a later token could change."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skips = skip_special_tokens
+        tail = self._visible_tail(prompt_token_ids)
+        kind = tokenizer.decoder_rule.kind
+        self._stream: _Stream
+        if kind is DecoderKind.BYTE_LEVEL:
+            self._stream = _ByteLevelStream(tokenizer, tail)
+        elif kind is DecoderKind.SENTENCEPIECE:
+            self._stream = _SentencePieceStream(tokenizer, tail)
+        else:
+            self._stream = _WindowStream(
+                tokenizer, tail, spaces_between_special_tokens=spaces_between_special_tokens
+            )
+
+    def _visible_tail(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt that show in text, as many as any stream looks at."""
+        tail: list[int] = []
+        for token_id in reversed(prompt_token_ids):
+            if len(tail) == _MAX_HELD_BYTES:
+                break
+            if not (self._skips and self._tokenizer.is_special(token_id)):
+                tail.append(token_id)
+        return tail[::-1]
+
+    def append(self, token_ids: Iterable[int]) -> str:
+        """Takes the next output tokens; returns the text that has become certain."""
+        push = self._stream.push
+        if self._skips:
+            is_special = self._tokenizer.is_special
+            return "".join([push(id_) for id_ in token_ids if not is_special(id_)])
+        return "".join([push(id_) for id_ in token_ids])
+
+    def finish(self) -> str:
+        """The output is over: the text still held back (an unfinished character is U+FFFD)."""
+        return self._stream.finish()
+
+
+class _ByteLevelStream:
+    """Byte-level BPE: the text is the UTF-8 decoding of all tokens' bytes in a row."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_tail: Sequence[int]) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._decode = _Utf8Decoder(errors="replace").decode
+        tail = b"".join(self._token_bytes(id_) for id_ in prompt_tail)
+        # A character that the prompt leaves unfinished may be finished by the output; if it is
+        # not, its U+FFFD belongs to the prompt's text, so one is dropped.
+        self._prompt_is_open = bool(_open_character(tail))
+        self._decode(_open_character(tail))
+
+    def push(self, token_id: int) -> str:
+        return self._from_prompt_on(self._decode(self._token_bytes(token_id)))
+
+    def finish(self) -> str:
+        return self._from_prompt_on(self._decode(b"", True))  # noqa: FBT003  (final)
+
+    def _from_prompt_on(self, text: str) -> str:
+        if self._prompt_is_open and text:
+            self._prompt_is_open = False
+            return text.removeprefix(_REPLACEMENT)
+        return text
+
+
+def _open_character(data: bytes) -> bytes:
+    """The bytes at the end of `data` that begin a UTF-8 character without ending it."""
+    decoder = _Utf8Decoder(errors="replace")
+    decoder.decode(data[-2 * _MAX_UTF8_BYTES :])
+    return decoder.getstate()[0]
+
+
+class _SentencePieceStream:
+    """SentencePiece BPE with byte fallback.
+
+    The decoder reads a run of byte tokens as UTF-8 if all of it is valid, and as one U+FFFD for
+    each byte if not. So a run is held back until it ends; from _MAX_HELD_BYTES on its complete
+    characters are given all the same, for text in a script that is nothing but byte tokens. Only
+    a longer run that turns invalid afterwards differs from the decoder.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_tail: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._run = bytearray()  # byte tokens not given yet
+        self._strips_space = tokenizer.decoder_rule.strips_first_space and not prompt_tail
+        self._num_prompt_bytes = 0  # of _run: a run that the prompt began
+        for token_id in reversed(prompt_tail):
+            byte = self._byte(token_id)
+            if byte is None:
+                break
+            self._run.insert(0, byte)
+        self._start_from_prompt_run()
+
+    def _start_from_prompt_run(self) -> None:
+        """Keeps of the prompt's last byte run only a character that is not finished."""
+        self._run = bytearray(_open_character(bytes(self._run)))
+        self._num_prompt_bytes = len(self._run)
+
+    def _byte(self, token_id: int) -> int | None:
+        piece = self._tokenizer.token_piece(token_id)
+        return None if piece is None else fallback_byte(piece)
+
+    def push(self, token_id: int) -> str:
+        data = self._tokenizer.token_bytes(token_id)
+        if len(data) == 1 and self._byte(token_id) is not None:
+            self._run += data
+            return self._overflow() if len(self._run) >= _MAX_HELD_BYTES else ""
+        return self._strip(self._take_run() + data.decode())
+
+    def finish(self) -> str:
+        return self._strip(self._take_run())
+
+    def _overflow(self) -> str:
+        decoder = _Utf8Decoder(errors="strict")
+        try:
+            text = decoder.decode(self._run)
+        except UnicodeDecodeError:
+            return ""  # the whole run is U+FFFD whatever follows; given when it ends
+        self._run = bytearray(decoder.getstate()[0])
+        self._num_prompt_bytes = 0
+        return self._strip(text)
+
+    def _take_run(self) -> str:
+        run, self._run = self._run, bytearray()
+        num_prompt_bytes, self._num_prompt_bytes = self._num_prompt_bytes, 0
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return _REPLACEMENT * (len(run) - num_prompt_bytes)
+
+    def _strip(self, text: str) -> str:
+        if self._strips_space and text:
+            self._strips_space = False
+            return text.removeprefix(" ")
+        return text
+
+
+class _WindowStream:
+    """Any decoder: what the last tokens' text gains by the new ones."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_tail: Sequence[int],
+        *,
+        spaces_between_special_tokens: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._spaces = spaces_between_special_tokens
+        self._prefix = list(prompt_tail[-_WINDOW_TOKENS:])  # given; what follows depends on it
+        self._new: list[int] = []  # not given yet
+        self._prefix_text = self._decode(self._prefix)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=False, spaces_between_special_tokens=self._spaces
+        )
+
+    def push(self, token_id: int) -> str:
+        self._new.append(token_id)
+        text = self._decode(self._prefix + self._new)
+        unfinished = text.endswith(_REPLACEMENT) and len(self._new) < _MAX_HELD_TOKENS
+        if unfinished or len(text) <= len(self._prefix_text):
+            return ""
+        return self._give(text)
+
+    def finish(self) -> str:
+        return self._give(self._decode(self._prefix + self._new))
+
+    def _give(self, text: str) -> str:
+        gained = text[len(self._prefix_text) :]
+        self._prefix, self._new = self._new, []
+        self._prefix_text = self._decode(self._prefix)
+        return gained

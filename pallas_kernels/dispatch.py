@@ -1,0 +1,40 @@
+"""Which implementation of each op runs on a device: chosen once at start-up, with the reason.
+
+The device is data (a platform name), never looked up here, so that programs can be compiled for
+devices that are not there.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention.api import PagedAttention, PlanAttention
+
+
+class StorageDtype(Protocol):
+    """Dtype of the page arrays that hold values of a dtype."""
+
+    def __call__(self, dtype: DTypeLike) -> jnp.dtype: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelSet:
+    """One function per op; handed to the layers when they are built."""
+
+    plan_attention: PlanAttention
+    paged_attention: PagedAttention
+    kv_storage_dtype: StorageDtype
+    reasons: tuple[str, ...]  # one line an op: what was chosen and why
+
+
+def choose_kernels(*, platform: str) -> KernelSet:
+    """The kernels for a platform ("cpu", "gpu", "tpu")."""
+    return KernelSet(
+        plan_attention=xla.plan,
+        paged_attention=xla.paged_attention,
+        kv_storage_dtype=xla.storage_dtype if platform == "cpu" else jnp.dtype,
+        reasons=(f"paged_attention: XLA ops, the only implementation for {platform} so far",),
+    )

@@ -1,0 +1,68 @@
+"""Ragged paged attention, as plainly as it can be said: the oracle for every backend.
+
+Each token gathers its sequence's whole page row. Slow and large; for tests and small shapes.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.paged_attention.api import (
+    AttentionBatch,
+    AttentionSpec,
+    StepLayout,
+    locate_tokens,
+)
+
+
+def plan(layout: StepLayout, *, num_tokens: int, num_pages: int, page_size: int) -> AttentionBatch:
+    """Per-step metadata: each token's place and position."""
+    position_T, page_T, offset_T = locate_tokens(
+        layout, num_tokens=num_tokens, num_pages=num_pages, page_size=page_size
+    )
+    ends_S = layout.query_starts_S1[1:]
+    seq_T = (jnp.arange(num_tokens)[:, None] >= ends_S[None, :]).sum(axis=1, dtype=jnp.int32)
+    return AttentionBatch(
+        layout=layout,
+        token_pages_T=page_T,
+        token_offsets_T=offset_T,
+        work=(position_T, seq_T.clip(max=layout.slots_S.shape[0] - 1)),
+        decode_only=False,
+    )
+
+
+def paged_attention(
+    q_TKGH: Array,
+    k_TKH: Array,
+    v_TKH: Array,
+    pages_PKBC: Array,
+    batch: AttentionBatch,
+    spec: AttentionSpec,
+) -> tuple[Array, Array]:
+    """See api.PagedAttention; all arithmetic in float32."""
+    position_T, seq_T = batch.work
+    head_dim = q_TKGH.shape[-1]
+    kv_TKC = jnp.concatenate([k_TKH, v_TKH], axis=-1).astype(pages_PKBC.dtype)
+    pages_PKBC = pages_PKBC.at[batch.token_pages_T, :, batch.token_offsets_T].set(
+        kv_TKC, mode="drop"
+    )
+    rows_TM = batch.layout.page_table_RM[batch.layout.slots_S[seq_T]]
+    kv_TMKBC = pages_PKBC[rows_TM].astype(jnp.float32)
+    kv_TKXC = kv_TMKBC.transpose(0, 2, 1, 3, 4).reshape(
+        kv_TMKBC.shape[0], kv_TMKBC.shape[2], -1, 2 * head_dim
+    )
+    logits_TKGX = spec.scale * jnp.einsum(
+        "TKGH,TKXH->TKGX", q_TKGH.astype(jnp.float32), kv_TKXC[..., :head_dim]
+    )
+    if spec.soft_cap is not None:
+        logits_TKGX = spec.soft_cap * jnp.tanh(logits_TKGX / spec.soft_cap)
+    key_position_X = jnp.arange(kv_TKXC.shape[2])
+    visible_TX = key_position_X[None, :] <= position_T[:, None]
+    if spec.window is not None:
+        visible_TX &= key_position_X[None, :] > position_T[:, None] - spec.window
+    logits_TKGX = jnp.where(visible_TX[:, None, None, :], logits_TKGX, -jnp.inf)
+    weights_TKGX = jnp.exp(logits_TKGX - logits_TKGX.max(axis=-1, keepdims=True))
+    weights_TKGX /= weights_TKGX.sum(axis=-1, keepdims=True)
+    # Places that the sequence never wrote may hold anything, NaN included: zero times NaN is NaN.
+    values_TKXH = jnp.where(visible_TX[:, None, :, None], kv_TKXC[..., head_dim:], 0.0)
+    out_TKGH = jnp.einsum("TKGX,TKXH->TKGH", weights_TKGX, values_TKXH)
+    return out_TKGH.astype(q_TKGH.dtype), pages_PKBC

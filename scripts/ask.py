@@ -1,0 +1,141 @@
+"""Helper of scripts/quickstart: waits for a server, asks it one question, or tells how to.
+
+Talks HTTP like any client; imports nothing but the standard library.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+POLL_S = 0.2
+STOP_S = 20.0
+
+CURL = """
+Ready. In another terminal:
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+"""
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def is_ready(url: str) -> bool:
+    """Whether the server answers that every shape is compiled."""
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, http.client.HTTPException, OSError):
+        return False
+
+
+def wait_until_ready(url: str, is_running: Callable[[], bool]) -> bool:
+    """True once the server is ready; False when it has ended before."""
+    while is_running():
+        if is_ready(url):
+            return True
+        time.sleep(POLL_S)
+    return False
+
+
+def stream_answer(url: str, question: str) -> None:
+    """Prints the answer to `question` piece by piece."""
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_completion_tokens": 256,
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=600) as response:
+        for line in response:
+            data = line.decode().strip().removeprefix("data: ")
+            if not data or data == "[DONE]":
+                continue
+            event = json.loads(data)
+            if "error" in event:
+                raise RuntimeError(event["error"]["message"])
+            for choice in event["choices"]:
+                print(choice["delta"].get("content") or "", end="", flush=True)
+    print()
+
+
+def ask(question: str, flags: Sequence[str]) -> int:
+    """Starts a server on a free port, asks, and stops it."""
+    port = free_port()
+    jaxinfer = Path(sys.executable).with_name("jaxinfer")
+    command = [jaxinfer, "serve", *flags, "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen([*map(str, command), "--log-level", "warning"])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        print("Starting the server ...", file=sys.stderr)
+        start_s = time.monotonic()
+        if not wait_until_ready(url, lambda: server.poll() is None):
+            print(f"The server ended with status {server.wait()}.", file=sys.stderr)
+            return 1
+        print(f"Ready after {time.monotonic() - start_s:.1f} s.", file=sys.stderr)
+        stream_answer(url, question)
+        return 0
+    except urllib.error.HTTPError as error:
+        print(f"The server answered {error.code}: {error.read().decode()}", file=sys.stderr)
+        return 1
+    finally:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def process_exists(pid: int) -> bool:
+    """Whether there is a process `pid` that this one may signal."""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
+
+
+def announce(url: str, pid: int) -> int:
+    """Prints a curl line when the server of process `pid` is ready."""
+    if wait_until_ready(url, lambda: process_exists(pid)):
+        print(CURL.format(url=url), flush=True)
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--question")
+    parser.add_argument("--announce", metavar="URL")
+    parser.add_argument("--pid", type=int)
+    parser.add_argument("flags", nargs="*")
+    args = parser.parse_args()
+    try:
+        if args.announce:
+            return announce(args.announce, args.pid)
+        return ask(args.question, args.flags)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
