@@ -35,20 +35,30 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def is_ready(url: str) -> bool:
-    """Whether the server answers that every shape is compiled."""
+def not_ready(url: str) -> str | None:
+    """None when every shape is compiled; else what the server says it is doing ("" for nothing)."""
     try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=5) as response:
-            return response.status == 200
+        with urllib.request.urlopen(f"{url}/ready", timeout=5):
+            return None
+    except urllib.error.HTTPError as error:
+        try:
+            return json.load(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            return f"/ready answers {error.code}"
     except (urllib.error.URLError, http.client.HTTPException, OSError):
-        return False
+        return ""
 
 
-def wait_until_ready(url: str, is_running: Callable[[], bool]) -> bool:
-    """True once the server is ready; False when it has ended before."""
+def wait_until_ready(url: str, is_running: Callable[[], bool], *, show: bool) -> bool:
+    """True once the server is ready; False when it has ended before. Shows each change of phase."""
+    shown = ""
     while is_running():
-        if is_ready(url):
+        state = not_ready(url)
+        if state is None:
             return True
+        if show and state and state != shown:
+            shown = state
+            print(shown, file=sys.stderr)
         time.sleep(POLL_S)
     return False
 
@@ -83,13 +93,14 @@ def ask(question: str, flags: Sequence[str]) -> int:
     """Starts a server on a free port, asks, and stops it."""
     port = free_port()
     jaxinfer = Path(sys.executable).with_name("jaxinfer")
-    command = [jaxinfer, "serve", *flags, "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen([*map(str, command), "--log-level", "warning"])
+    command = [str(jaxinfer), "serve", "--log-level", "warning", *flags]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, stdout=sys.stderr)  # stdout is for the answer
     url = f"http://127.0.0.1:{port}"
     try:
         print("Starting the server ...", file=sys.stderr)
         start_s = time.monotonic()
-        if not wait_until_ready(url, lambda: server.poll() is None):
+        if not wait_until_ready(url, lambda: server.poll() is None, show=True):
             print(f"The server ended with status {server.wait()}.", file=sys.stderr)
             return 1
         print(f"Ready after {time.monotonic() - start_s:.1f} s.", file=sys.stderr)
@@ -117,7 +128,7 @@ def process_exists(pid: int) -> bool:
 
 def announce(url: str, pid: int) -> int:
     """Prints a curl line when the server of process `pid` is ready."""
-    if wait_until_ready(url, lambda: process_exists(pid)):
+    if wait_until_ready(url, lambda: process_exists(pid), show=False):
         print(CURL.format(url=url), flush=True)
     return 0
 

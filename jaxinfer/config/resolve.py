@@ -3,10 +3,11 @@
 Pure: facts in, a new tree and the list of choices out. Knows no JAX; who calls it has looked at
 the checkpoint and the devices already.
 
-After it no setting says "auto" or None where a number or a type is meant. What stays None is an
-override that was not given (`num_gpu_blocks_override`, `kv_cache_memory_bytes`, `revision`, ...);
-what stays "auto" is a mode: `load_format` (the checkpoint reader tells formats apart) and
-`generation_config` ("the model's").
+After it no setting says "auto" or None where a number, a type or a path is meant. What stays None
+is an override that was not given (`num_gpu_blocks_override`, `revision`, `tokenizer`, ...); what
+stays "auto" is a mode: `load_format` (the checkpoint reader tells formats apart) and
+`generation_config` ("the model's"). `token_buckets` may stay empty: the runner makes them from the
+sizes chosen here.
 """
 
 import os
@@ -130,10 +131,6 @@ def _host(values: dict[str, Any]) -> Iterable[Choice]:
         yield Choice("num_compile_workers", workers, "the CPU cores of this machine")
     if values["compile_cache"] == "auto":
         yield Choice("compile_cache", str(cache_dir() / "compiled"), "the cache directory")
-    if values["download_dir"] is None:
-        yield Choice("download_dir", str(cache_dir() / "models"), "the cache directory")
-    if values["tokenizer"] is None:
-        yield Choice("tokenizer", values["model"], "the model's own")
 
 
 def resolve(config: EngineConfig, model: ModelFacts, device: DeviceFacts) -> Resolution:

@@ -17,7 +17,7 @@ def max_prompt_tokens(max_model_len: int, max_tokens: int | None) -> int:
 def check_prompt(
     token_ids: list[int], *, max_tokens: int | None, info: EngineInfo, param: str
 ) -> None:
-    """Raises RequestError (naming `param`) for a prompt that is empty, too long or has strange ids."""
+    """Raises RequestError (naming `param`) for a prompt that cannot be served."""
     if not token_ids:
         raise RequestError(
             f"{param} must not be empty: it has no tokens to start from.", param=param
@@ -40,14 +40,25 @@ def check_prompt(
             )
 
 
+def check_priority(priority: int, info: EngineInfo) -> None:
+    """Raises RequestError for a priority that would silently mean nothing."""
+    if priority != 0 and info.scheduling_policy != "priority":
+        raise RequestError(
+            f"priority={priority} needs an engine with --scheduling-policy priority; this one "
+            f"has {info.scheduling_policy}.",
+            param="priority",
+        )
+
+
 def make_request(message: AddRequest, info: EngineInfo, *, client_index: int) -> Request:
-    """The request to schedule; raises RequestError. max_tokens is cut to what the context leaves."""
+    """The request to schedule, max_tokens cut to what the context leaves; raises RequestError."""
     sampling = message.sampling
     check_prompt(
         message.prompt_token_ids, max_tokens=sampling.max_tokens, info=info, param="prompt"
     )
     if sampling.n != 1:
         raise RequestError(f"n must be 1 here (clients fan out), got {sampling.n}.", param="n")
+    check_priority(message.priority, info)
     sampling.validate_for_model(vocab_size=info.vocab_size)
     num_prompt = len(message.prompt_token_ids)
     room = info.max_model_len - num_prompt

@@ -22,6 +22,11 @@ ProgressCallback = Callable[[str, int, int], None]
 RunnerFactory = Callable[[EngineConfig, ProgressCallback], Runner]
 
 
+def ignore_progress(phase: str, done: int, total: int) -> None:
+    """A ProgressCallback for those who show nothing."""
+    del phase, done, total
+
+
 class BuiltCore(NamedTuple):
     core: EngineCore
     info: EngineInfo

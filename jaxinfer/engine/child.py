@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import BinaryIO
 
 _NUM_KEPT_LINES = 20
@@ -67,10 +68,8 @@ class ChildProcess:
 
     def close_stdin(self) -> None:
         """The child takes this for the end of its parent."""
-        try:
+        with suppress(BrokenPipeError):  # it died with our last bytes unread
             self.stdin.close()
-        except BrokenPipeError:  # it died with our last bytes unread
-            pass
 
     def _watch(self) -> None:
         self._process.wait()

@@ -29,7 +29,7 @@ from jaxinfer.core.messages import (
     ResetPrefixCache,
     Shutdown,
 )
-from jaxinfer.engine.build import DEFAULT_RUNNER_FACTORY, ProgressCallback
+from jaxinfer.engine.build import DEFAULT_RUNNER_FACTORY, ProgressCallback, ignore_progress
 from jaxinfer.engine.child import ChildProcess
 from jaxinfer.engine.process import Bootstrap, child_command, write_bootstrap
 from jaxinfer.engine.transport import ClientEndpoint
@@ -86,7 +86,7 @@ class ProcessClient:
         self,
         config: EngineConfig,
         *,
-        on_progress: ProgressCallback | None = None,
+        on_progress: ProgressCallback = ignore_progress,
         runner_factory: str = DEFAULT_RUNNER_FACTORY,
         log_level: str = "info",
     ) -> None:
@@ -137,8 +137,6 @@ class ProcessClient:
         except BaseException:
             await self.close()
             raise
-        assert self._endpoint is not None
-        self._endpoint.remove_files()
         return self._info
 
     async def add(self, request: AddRequest) -> None:
@@ -202,19 +200,22 @@ class ProcessClient:
         assert self._endpoint is not None
         loop = asyncio.get_running_loop()
         loop.add_reader(self._endpoint.hello_fd, self._news.set)
-        while self._endpoint.receive_hello() is None:
-            if self._failure is not None:
+        while True:
+            if self._closing or self._failure is not None:
                 raise self._death()
+            if self._endpoint.receive_hello() is not None:
+                break
             self._news.clear()
             await self._news.wait()
         loop.remove_reader(self._endpoint.hello_fd)
 
     async def _wait_for_ready(self) -> EngineInfo:
         async for message in self.messages():
+            if self._endpoint is not None:  # both its sockets are connected now
+                self._endpoint.remove_files()
             match message:
                 case Progress():
-                    if self._on_progress is not None:
-                        self._on_progress(message.phase, message.done, message.total)
+                    self._on_progress(message.phase, message.done, message.total)
                 case Ready():
                     return message.info
                 case Failed():
@@ -255,9 +256,10 @@ class ProcessClient:
             assert self._child is not None
             code = self._child.exit_code
             how = f"by signal {-code}" if code is not None and code < 0 else f"with status {code}"
+            logger.error("the engine core ended %s", how)
+            # (The log has the output too, but whoever embeds the engine sees the exception.)
             tail = "\n".join(self._child.last_lines)
-            message = f"The engine core ended {how}." + (f" Its last output:\n{tail}" if tail else "")
-            logger.error("%s", message.partition("\n")[0])
+            message = f"The engine core ended {how}. Its last output:\n{tail}"
             self._failure = Failed(kind=EngineDeadError.__name__, message=message)
             self._received.append(self._failure)
         self._news.set()
@@ -289,7 +291,7 @@ class ProcessClient:
 
 
 def error_from(failed: Failed) -> JaxInferError:
-    """The exception a core ended with: users' errors keep their class, others are EngineDeadError."""
+    """What a core ended with: users' errors keep their class, all else is EngineDeadError."""
     by_name = {
         kind.__name__: kind
         for kind in (

@@ -60,15 +60,13 @@ def fan_out(
 
 
 def _child_params(params: SamplingParams, index: int, next_seed: SeedSource) -> SamplingParams:
-    """What the core needs: stop strings and bad words as text stay here."""
+    """What the core needs: stop strings are matched in the text, on this side."""
     return msgspec.structs.replace(
         params,
         n=1,
         seed=next_seed() if params.seed is None else _wrap_int64(params.seed + index),
         prompt_logprobs=params.prompt_logprobs if index == 0 else None,
         stop=[],
-        bad_words=[],
-        truncate_prompt_tokens=None,
     )
 
 

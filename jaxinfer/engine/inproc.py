@@ -8,15 +8,22 @@ Importing this module imports no JAX; making an InProcessClient does.
 from collections.abc import Callable
 
 from jaxinfer.config.schema import EngineConfig
-from jaxinfer.core.messages import AbortRequests, AddRequest, CoreMessage, EngineInfo, ResetPrefixCache
-from jaxinfer.engine.build import DEFAULT_RUNNER_FACTORY, ProgressCallback, build_core
+from jaxinfer.core.messages import (
+    AbortRequests,
+    AddRequest,
+    CoreMessage,
+    EngineInfo,
+    ResetPrefixCache,
+)
+from jaxinfer.engine.build import (
+    DEFAULT_RUNNER_FACTORY,
+    ProgressCallback,
+    build_core,
+    ignore_progress,
+)
 from jaxinfer.errors import EngineDeadError, JaxInferError
 
 _ME = 0  # the only client
-
-
-def _no_progress(phase: str, done: int, total: int) -> None:
-    del phase, done, total
 
 
 class InProcessClient:
@@ -26,7 +33,7 @@ class InProcessClient:
         self,
         config: EngineConfig,
         *,
-        on_progress: ProgressCallback = _no_progress,
+        on_progress: ProgressCallback = ignore_progress,
         runner_factory: str = DEFAULT_RUNNER_FACTORY,
     ) -> None:
         self._sent: list[CoreMessage] = []

@@ -36,8 +36,8 @@ class ValidatedPrompt:
     """A request that the engine will take, unless its queue is full."""
 
     text: str | None
-    token_ids: list[int]
-    params: SamplingParams  # with bad_words as tokens, max_tokens within the context
+    prompt_token_ids: list[int]
+    params: SamplingParams  # ready for the core; validating it again changes nothing
 
 
 class InputProcessor:
@@ -61,13 +61,11 @@ class InputProcessor:
         `max_tokens` above what the context leaves is an error, or is lowered with
         `clamp_max_tokens` (for a default that the user did not choose).
         """
-        text, token_ids = self._tokenize(
-            prompt, add_special_tokens=add_special_tokens, param=param
-        )
+        text, token_ids = self._tokenize(prompt, add_special_tokens=add_special_tokens, param=param)
         token_ids = self._truncate(token_ids, params)
         check_prompt(token_ids, max_tokens=params.max_tokens, info=self._info, param=param)
         params = self._check_params(params, len(token_ids), clamp_max_tokens=clamp_max_tokens)
-        return ValidatedPrompt(text=text, token_ids=token_ids, params=params)
+        return ValidatedPrompt(text=text, prompt_token_ids=token_ids, params=params)
 
     def _tokenize(
         self, prompt: Prompt, *, add_special_tokens: bool, param: str
@@ -136,8 +134,12 @@ class InputProcessor:
         if params.bad_words:
             token_ids = bad_words_to_token_ids(params.bad_words, self._tokenizer)
             params = msgspec.structs.replace(
-                params, bad_words_token_ids=params.bad_words_token_ids + token_ids
+                params,
+                bad_words=[],
+                bad_words_token_ids=params.bad_words_token_ids + token_ids,
             )
+        if params.truncate_prompt_tokens is not None:
+            params = msgspec.structs.replace(params, truncate_prompt_tokens=None)
         params.validate_for_model(vocab_size=self._info.vocab_size)
         return params
 

@@ -1,174 +1,171 @@
-"""From the core's updates to what users get: text, log-probabilities, finish reasons, times.
+"""From the core's messages to what users get; all open requests of one client.
 
-One `RequestState` per request holds its n sequences; one `OutputProcessor` holds all requests of
-a client. Used alike by AsyncEngine and LLM. Must not know event loops, sockets or HTTP.
+Used alike by AsyncEngine and LLM. Must not know event loops, sockets or HTTP.
 """
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from jaxinfer.core.messages import SequenceUpdate, StepUpdate
-from jaxinfer.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from jaxinfer.core.sampling_params import SamplingParams
+from jaxinfer.core.messages import AddRequest, StepUpdate
+from jaxinfer.engine.fan_out import RequestIds, SeedSource, fan_out
 from jaxinfer.engine.inputs import ValidatedPrompt
-from jaxinfer.engine.sequence_output import SequenceOutput, logprob_entry
-from jaxinfer.logging import get_logger
+from jaxinfer.engine.request_state import (
+    OnFinished,
+    OnTokens,
+    OutputKind,
+    RequestState,
+    TokensEvent,
+)
 from jaxinfer.tokenizer.tokenizer import Tokenizer
 
-logger = get_logger(__name__)
 
-OutputKind = Literal["delta", "cumulative", "final"]
+class Processed(NamedTuple):
+    """What an update meant."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokensEvent:
-    """One sequence of a request has new tokens."""
-
-    request_id: str
-    num_tokens: int
-    is_first: bool
-    latency_s: float  # since the tokens before; since arrival for the first
+    changed: list[RequestState]  # requests with news, each once
+    aborts: list[str]  # sequences that a stop string ended: the core must be told
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FinishedEvent:
-    """A request has ended, or its user has gone (finish reason "abort")."""
-
-    request_id: str
-    finish_reasons: tuple[str, ...]  # one per sequence
-    params: SamplingParams
-    num_prompt_tokens: int
-    num_cached_tokens: int
-    num_output_tokens: int
-    metrics: RequestMetrics
+class NewRequest(NamedTuple):
+    state: RequestState
+    messages: list[AddRequest]  # to be sent to the core
 
 
-OnTokens = Callable[[TokensEvent], None]
-OnFinished = Callable[[FinishedEvent], None]
+class _Sequence(NamedTuple):
+    state: RequestState
+    position: int  # among the request's sequences
 
 
-class RequestState:
-    """A request on its way. Output collects here until its consumer takes it: however slow the
-    consumer, what waits for it is one output."""
+class OutputProcessor:
+    """Holds the requests that are open, by sequence."""
 
     def __init__(
         self,
-        request_id: str,
-        sequence_ids: list[str],
-        prompt: ValidatedPrompt,
         tokenizer: Tokenizer,
         *,
-        output_kind: OutputKind,
-        arrival_time_s: float,
+        next_seed: SeedSource,
+        on_tokens: OnTokens | None = None,
+        on_finished: OnFinished | None = None,
     ) -> None:
-        self.request_id = request_id
-        self.sequence_ids = sequence_ids
-        self.prompt = prompt
-        self.output_kind: OutputKind = output_kind
-        self.num_cached_tokens: int | None = None
-        self.metrics = RequestMetrics(arrival_time_s=arrival_time_s)
-        self.sequences = [
-            SequenceOutput(index, prompt.token_ids, prompt.params, tokenizer)
-            for index in range(len(sequence_ids))
-        ]
-        self._tokenizer = tokenizer if prompt.params.detokenize else None
-        self._last_token_time_s = [arrival_time_s] * len(sequence_ids)
-        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-        if prompt.params.prompt_logprobs is not None:
-            self._prompt_logprobs = [None]  # nothing predicts the first token
+        self.on_tokens = on_tokens
+        self.on_finished = on_finished
+        self._tokenizer = tokenizer
+        self._next_seed = next_seed
+        self._ids = RequestIds()
+        self._sequences: dict[str, _Sequence] = {}
+        self._num_open = 0
 
     @property
-    def is_finished(self) -> bool:
-        return all(sequence.is_finished for sequence in self.sequences)
+    def num_open(self) -> int:
+        """Requests (not sequences) that have not ended."""
+        return self._num_open
 
     @property
-    def open_sequence_ids(self) -> list[str]:
-        return [
-            sequence_id
-            for sequence_id, sequence in zip(self.sequence_ids, self.sequences, strict=True)
-            if not sequence.is_finished
-        ]
+    def num_open_sequences(self) -> int:
+        return len(self._sequences)
 
-    def add(self, index: int, update: SequenceUpdate, now_s: float) -> bool:
-        """Takes news of sequence `index`; True when the core must be told to stop it."""
-        if update.num_cached_tokens and not self.num_cached_tokens:
-            self.num_cached_tokens = update.num_cached_tokens
-        if update.queue_time_s is not None and self.metrics.queue_time_s is None:
-            self.metrics.queue_time_s = update.queue_time_s
-        if update.new_token_ids:
-            if self.metrics.first_token_time_s is None:
-                self.metrics.first_token_time_s = now_s
-            self.metrics.last_token_time_s = now_s
-        if update.prompt_logprobs:
-            self._add_prompt_logprobs(update)
-        if update.error is not None:
-            logger.error("request %s ended with an error: %s", self.request_id, update.error)
-        stop_core = self.sequences[index].add(update)
-        if self.is_finished:
-            self.metrics.finished_time_s = now_s
-        return stop_core
+    def open_requests(self) -> Iterator[RequestState]:
+        """Each open request once."""
+        return iter({id(state): state for state, _ in self._sequences.values()}.values())
 
-    def token_latency_s(self, index: int, now_s: float) -> float:
-        """Seconds since the last call for this sequence (since arrival at first)."""
-        latency_s = now_s - self._last_token_time_s[index]
-        self._last_token_time_s[index] = now_s
-        return latency_s
-
-    def abort(self, now_s: float) -> None:
-        for sequence in self.sequences:
-            if not sequence.is_finished:
-                sequence.abort()
-        self.metrics.finished_time_s = now_s
-
-    def take(self) -> RequestOutput | None:
-        """What the consumer has not seen yet, shaped by the output kind; None for nothing new."""
-        if self.output_kind == "final":
-            if not self.is_finished:
-                return None
-            return self._make_output([sequence.peek() for sequence in self.sequences])
-        keep = self.output_kind == "cumulative"
-        news = [sequence.take(keep=keep) for sequence in self.sequences]
-        if not any(news):
-            return None
-        if keep:
-            news = [
-                new if new is not None else sequence.peek_quietly()
-                for new, sequence in zip(news, self.sequences, strict=True)
-            ]
-        output = self._make_output([new for new in news if new is not None])
-        if not keep:
-            self._prompt_logprobs = None
-        return output
-
-    def finished_event(self) -> FinishedEvent:
-        return FinishedEvent(
-            request_id=self.request_id,
-            finish_reasons=tuple(sequence.finish_reason or "" for sequence in self.sequences),
-            params=self.prompt.params,
-            num_prompt_tokens=len(self.prompt.token_ids),
-            num_cached_tokens=self.num_cached_tokens or 0,
-            num_output_tokens=sum(sequence.num_tokens for sequence in self.sequences),
-            metrics=self.metrics,
+    def add(
+        self,
+        request_id: str,
+        prompt: ValidatedPrompt,
+        *,
+        output_kind: OutputKind,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> NewRequest:
+        """Opens a request."""
+        now_s = time.monotonic()
+        params = prompt.params
+        sequence_ids = self._ids.new(request_id, params.n)
+        state = RequestState(
+            request_id,
+            sequence_ids,
+            prompt,
+            self._tokenizer,
+            output_kind=output_kind,
+            arrival_time_s=now_s,
         )
-
-    def _make_output(self, outputs: list[CompletionOutput]) -> RequestOutput:
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt.text,
-            prompt_token_ids=self.prompt.token_ids,
-            prompt_logprobs=self._prompt_logprobs,
-            outputs=outputs,
-            finished=self.is_finished,
-            num_cached_tokens=self.num_cached_tokens,
-            metrics=self.metrics,
+        for index, sequence_id in enumerate(sequence_ids):
+            self._sequences[sequence_id] = _Sequence(state, index)
+        self._num_open += 1
+        messages = fan_out(
+            sequence_ids,
+            prompt.prompt_token_ids,
+            params,
+            arrival_time_s=now_s,
+            next_seed=self._next_seed,
+            priority=priority,
+            cache_salt=cache_salt,
         )
+        return NewRequest(state, messages)
 
-    def _add_prompt_logprobs(self, update: SequenceUpdate) -> None:
-        num_top = self.prompt.params.prompt_logprobs
-        if self._prompt_logprobs is None or num_top is None or update.prompt_logprobs is None:
-            return
-        self._prompt_logprobs += [
-            logprob_entry(entry, num_top, self._tokenizer) for entry in update.prompt_logprobs
-        ]
+    def find(self, sequence_id: str) -> RequestState | None:
+        """The open request that a sequence belongs to."""
+        entry = self._sequences.get(sequence_id)
+        return None if entry is None else entry.state
+
+    def process(self, update: StepUpdate) -> Processed:
+        """Takes in one step's news. Those of requests that are gone are ignored."""
+        now_s = time.monotonic()
+        changed: dict[int, RequestState] = {}
+        aborts: list[str] = []
+        for news in update.sequences:
+            entry = self._sequences.get(news.request_id)
+            if entry is None:
+                continue
+            state, index = entry
+            is_first = not state.sequences[index].num_tokens
+            if state.add(index, news, now_s):
+                aborts.append(news.request_id)
+            if news.new_token_ids:
+                self._report_tokens(state, index, len(news.new_token_ids), now_s, is_first=is_first)
+            if state.sequences[index].is_finished:
+                del self._sequences[news.request_id]
+            if state.is_finished:
+                self._close(state)
+            changed[id(state)] = state
+        return Processed(list(changed.values()), aborts)
+
+    def abort(self, state: RequestState) -> list[str]:
+        """Ends a request on the user's wish; returns the sequences that the core must stop."""
+        sequence_ids = self.forget(state)
+        if sequence_ids:
+            state.abort(time.monotonic())
+            self._report_finished(state)
+        return sequence_ids
+
+    def forget(self, state: RequestState) -> list[str]:
+        """Drops a request without a word (it failed); returns its open sequences."""
+        sequence_ids = [name for name in state.open_sequence_ids if name in self._sequences]
+        for sequence_id in sequence_ids:
+            del self._sequences[sequence_id]
+        if sequence_ids:
+            self._num_open -= 1
+        return sequence_ids
+
+    def _close(self, state: RequestState) -> None:
+        self._num_open -= 1
+        self._report_finished(state)
+
+    def _report_tokens(
+        self, state: RequestState, index: int, num_tokens: int, now_s: float, *, is_first: bool
+    ) -> None:
+        latency_s = state.token_latency_s(index, now_s)
+        if self.on_tokens is not None:
+            self.on_tokens(
+                TokensEvent(
+                    request_id=state.request_id,
+                    num_tokens=num_tokens,
+                    is_first=is_first,
+                    latency_s=latency_s,
+                )
+            )
+
+    def _report_finished(self, state: RequestState) -> None:
+        if self.on_finished is not None:
+            self.on_finished(state.finished_event())

@@ -89,8 +89,10 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     endpoint = CoreEndpoint(bootstrap.clients, core_index=bootstrap.core_index)
     endpoint.start(Hello(wire_version=WIRE_VERSION, pid=os.getpid()))
+    progress = _progress_sender(endpoint)
+    progress("start", 0, 0)  # tells the client that the second socket is connected too
     try:
-        _run(bootstrap, endpoint)
+        _run(bootstrap, endpoint, progress)
     except Exception as error:  # noqa: BLE001 - the process boundary: every end must be told
         if isinstance(error, JaxInferError):
             logger.error("the engine cannot go on: %s", error)
@@ -103,12 +105,12 @@ def main() -> int:
     return 0
 
 
-def _run(bootstrap: Bootstrap, endpoint: CoreEndpoint) -> None:
+def _run(bootstrap: Bootstrap, endpoint: CoreEndpoint, progress: ProgressCallback) -> None:
     """Builds the core and serves until Shutdown."""
     built = build_core(
         bootstrap.config,
         runner_factory=bootstrap.runner_factory,
-        progress=_progress_sender(endpoint),
+        progress=progress,
         send=endpoint.send,
         num_clients=endpoint.num_clients,
     )

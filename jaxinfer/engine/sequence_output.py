@@ -17,17 +17,19 @@ def logprob_entry(
     entry: TokenLogprobs, num_top: int, tokenizer: Tokenizer | None
 ) -> dict[int, Logprob]:
     """The token that is there first, then the `num_top` most likely ones, most likely first."""
-    texts = [None if tokenizer is None else tokenizer.token_text(token) for token in entry.token_ids]
-    values = {entry.token_ids[0]: Logprob(entry.logprobs[0], entry.rank, texts[0])}
-    for rank in range(1, min(num_top, len(entry.token_ids) - 1) + 1):
-        token_id = entry.token_ids[rank]
+    values: dict[int, Logprob] = {}
+    for position, token_id in enumerate(entry.token_ids[: num_top + 1]):
         if token_id not in values:
-            values[token_id] = Logprob(entry.logprobs[rank], rank, texts[rank])
+            values[token_id] = Logprob(
+                logprob=entry.logprobs[position],
+                rank=position or entry.rank,
+                decoded_token=None if tokenizer is None else tokenizer.token_text(token_id),
+            )
     return values
 
 
 class SequenceOutput:
-    """Collects one sequence. What is collected is handed out by `take` (and kept, or not)."""
+    """Collects one sequence. `snapshot` or `take_delta` hands out what there is."""
 
     def __init__(
         self, index: int, prompt_token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer
@@ -55,7 +57,7 @@ class SequenceOutput:
         self._token_ids: list[int] = []
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative_logprob = 0.0
-        self._has_news = False
+        self.has_news = False
 
     @property
     def is_finished(self) -> bool:
@@ -81,46 +83,41 @@ class SequenceOutput:
         self._flush()
         self._finish(FinishReason.ABORT.value, None)
 
-    def take(self, *, keep: bool) -> CompletionOutput | None:
-        """What is collected, or None when nothing is new; `keep` it for the next time or not."""
-        if not self._has_news:
-            return None
-        self._has_news = False
-        text = "".join(self._text)
-        output = CompletionOutput(
+    def snapshot(self) -> CompletionOutput:
+        """All that was collected so far."""
+        self.has_news = False
+        self._text = ["".join(self._text)]
+        return self._make_output(self._token_ids.copy(), self._logprobs.copy())
+
+    def take_delta(self) -> CompletionOutput:
+        """What was collected since the last call; it is forgotten here."""
+        self.has_news = False
+        output = self._make_output(self._token_ids, self._logprobs)
+        self._text, self._token_ids, self._logprobs = [], [], []
+        return output
+
+    def _make_output(
+        self, token_ids: list[int], logprobs: list[dict[int, Logprob]]
+    ) -> CompletionOutput:
+        has_logprobs = self._params.logprobs is not None
+        return CompletionOutput(
             index=self.index,
-            text=text,
-            token_ids=self._token_ids,
-            logprobs=self._logprobs if self._params.logprobs is not None else None,
-            cumulative_logprob=(
-                self._cumulative_logprob if self._params.logprobs is not None else None
-            ),
+            text="".join(self._text),
+            token_ids=token_ids,
+            logprobs=logprobs if has_logprobs else None,
+            cumulative_logprob=self._cumulative_logprob if has_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
         )
-        if keep:
-            self._text = [text]
-            self._token_ids, self._logprobs = self._token_ids.copy(), self._logprobs.copy()
-        else:
-            self._text, self._token_ids, self._logprobs = [], [], []
-        return output
-
-    def peek(self) -> CompletionOutput:
-        """All that is collected, new or not."""
-        self._has_news = True
-        output = self.take(keep=True)
-        assert output is not None
-        return output
 
     def _add_tokens(self, update: SequenceUpdate) -> str | None:
         """Tokens up to the one that completes a stop string, which is returned."""
         # The token that ends a sequence is part of its tokens, not of its text.
-        hidden = 0
-        if update.finish_reason == FinishReason.STOP and not self._params.include_stop_str_in_output:
-            hidden = 1
-        num_visible = len(update.new_token_ids) - hidden
+        ends_by_token = update.finish_reason == FinishReason.STOP
+        is_hidden = ends_by_token and not self._params.include_stop_str_in_output
+        num_visible = len(update.new_token_ids) - is_hidden
         for position, token_id in enumerate(update.new_token_ids):
-            self._has_news = True
+            self.has_news = True
             self._token_ids.append(token_id)
             self.num_tokens += 1
             if self._detokenizer is None or position >= num_visible:
@@ -133,8 +130,11 @@ class SequenceOutput:
     def _emit(self, text: str) -> str | None:
         if not text:
             return None
-        if self._stop is None or self.num_tokens < self._params.min_tokens:
+        if self._stop is None:
             self._text.append(text)
+            return None
+        if self.num_tokens <= self._params.min_tokens:
+            self._text.append(self._stop.feed_unchecked(text))
             return None
         result = self._stop.feed(text)
         self._text.append(result.text_to_emit)
@@ -153,7 +153,7 @@ class SequenceOutput:
     def _finish(self, reason: str, stop_reason: int | str | None) -> None:
         self.finish_reason = reason
         self._stop_reason = stop_reason
-        self._has_news = True
+        self.has_news = True
 
     def _add_logprobs(self, update: SequenceUpdate, num_tokens: int) -> None:
         num_top = self._params.logprobs

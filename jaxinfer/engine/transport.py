@@ -71,6 +71,7 @@ class ClientEndpoint:
             Path(directory).rmdir()
             directory = tempfile.mkdtemp(prefix="jaxinfer-", dir="/tmp")
         self._directory = Path(directory)
+        self._has_files = True
         self.address = ClientAddress(
             to_core=f"ipc://{directory}/to_core", from_core=f"ipc://{directory}/from_core"
         )
@@ -132,7 +133,9 @@ class ClientEndpoint:
 
     def remove_files(self) -> None:
         """Removes the socket files. Connections that exist go on; new ones are impossible."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if self._has_files:
+            self._has_files = False
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def close(self) -> None:
         self._router.close()
@@ -215,6 +218,7 @@ def decode(payload: bytes, decoder: "msgspec.msgpack.Decoder[_Message]") -> _Mes
     """The message, or None (logged) for bytes that are none: a bad peer must not end the engine."""
     try:
         return decoder.decode(payload)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        # (ValueError: text that is not UTF-8; msgspec wraps all that __post_init__ raises.)
         logger.warning("dropped a message of %d bytes that is none: %s", len(payload), error)
         return None

@@ -144,6 +144,7 @@ class KVCacheManager:
             parent = seq.digests[-1] if seq.digests else root_digest(seq.salt)
             start = index * self.page_size
             tokens = seq.read_tokens(start, start + self.page_size)
+            assert len(tokens) == self.page_size, "a page is not full of known tokens"
             seq.digests.append(page_digest(parent, tokens))
 
     def _take(self, count: int) -> list[int]:

@@ -124,7 +124,11 @@ def pack_sampling(params: SamplingParams, *, default_seed: int) -> np.ndarray:
 
 
 def step_words(
-    table_RW: np.ndarray, *, slots_S: np.ndarray, output_indices_S: np.ndarray, samples_S: np.ndarray
+    table_RW: np.ndarray,
+    *,
+    slots_S: np.ndarray,
+    output_indices_S: np.ndarray,
+    samples_S: np.ndarray,
 ) -> np.ndarray:
     """Gathers a step's rows from the table of all slots: int32 [S, W].
 

@@ -4,8 +4,11 @@ Joins the parts (settings, state, processors, selection) and knows the order; ho
 of its own. A batch of greedy sequences without processors pays for an argmax only.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -13,6 +16,8 @@ from jaxinfer.sampling.params import SamplingBatch, random_bits
 from jaxinfer.sampling.processors import mask_padding, process_logits
 from jaxinfer.sampling.select import Best, argmax_tokens, draw_tokens
 from jaxinfer.sampling.state import SamplerState, advance
+
+_ROWS_AT_ONCE = 16
 
 
 class Sampled(NamedTuple):
@@ -31,7 +36,60 @@ def sample(
     of the row's logits, settings, seed, output index and slot state only. Log-probabilities of the
     raw logits are `logprobs.token_logprobs`.
     """
-    best, token_S = lax.cond(
-        batch.any_random | batch.any_processor, _choose, _choose_greedy, logits_SV, batch, state,
-    )  # fmt: skip
-    return token_S, state
+    masked = partial(mask_padding, vocab_size=vocab_size)  # in each branch, so that it is fused
+
+    def choose(logits_CV: Array, batch: SamplingBatch) -> Sampled:
+        return _process_and_choose(masked(logits_CV), batch, state)
+
+    sampled = lax.cond(
+        batch.any_random | batch.any_processor,
+        lambda: _map_rows(choose, logits_SV, batch),
+        lambda: _checked(argmax_tokens(masked(logits_SV))),
+    )
+    return sampled, advance(state, batch.slot, sampled.token_S)
+
+
+def _map_rows(
+    choose: Callable[[Array, SamplingBatch], Sampled], logits_SV: Array, batch: SamplingBatch
+) -> Sampled:
+    """Chooses for 16 rows at a time.
+
+    Bounds what the filters hold (a few times 16 V floats instead of S V), which on the CPU is also
+    several times faster: the memory stays in the cache and is not mapped anew every step. And
+    what no row of a chunk needs is skipped for that chunk.
+    """
+    num_seqs = logits_SV.shape[0]
+    if num_seqs <= _ROWS_AT_ONCE:
+        return choose(logits_SV, batch)
+    num_chunks = -(-num_seqs // _ROWS_AT_ONCE)
+
+    def split(values: Array) -> Array:
+        num_added = num_chunks * _ROWS_AT_ONCE - num_seqs  # rows of zeros have no flags
+        padded = jnp.pad(values, ((0, num_added),) + ((0, 0),) * (values.ndim - 1))
+        return padded.reshape(num_chunks, _ROWS_AT_ONCE, *values.shape[1:])
+
+    chunks = jax.tree.map(split, (logits_SV, batch))
+    sampled = lax.map(lambda chunk: choose(*chunk), chunks)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1)[:num_seqs], sampled)
+
+
+def _process_and_choose(logits_SV: Array, batch: SamplingBatch, state: SamplerState) -> Sampled:
+    logits_SV = lax.cond(
+        batch.any_processor,
+        lambda logits_SV: process_logits(logits_SV, batch, state),
+        lambda logits_SV: logits_SV,
+        logits_SV,
+    )
+    best = argmax_tokens(logits_SV)
+    token_S = lax.cond(
+        batch.any_random,
+        lambda: draw_tokens(logits_SV, best, batch, random_bits(batch)),
+        lambda: best.token_S,
+    )
+    return _checked(best._replace(token_S=jnp.where(batch.is_random, token_S, best.token_S)))
+
+
+def _checked(best: Best) -> Sampled:
+    """The best logit shows every failure: it is NaN if one logit is, -inf if all are."""
+    ok_S = jnp.isfinite(best.logit_S)
+    return Sampled(token_S=jnp.where(ok_S, best.token_S, 0), ok_S=ok_S)

@@ -20,12 +20,10 @@ from jaxinfer.sampling.params import SamplingBatch
 
 _BLOCK = 128
 _ONE_BITS = 0x3F800000  # float32 1.0
-_EXPONENT_MASK = 0x7F800000
-_EXPONENT_BIAS = 127
-_MANTISSA_BITS = 23
+_EXPONENT_MASK = 0x7F800000  # of a float32's bits
 # Masses of a row add up to 2**29 .. 2**30: the sum, with the rounding of V terms, fits an int32,
 # and a probability is exact to 2**-30.
-_MASS_BITS = 29
+_MASS_ONE_BITS = _ONE_BITS + (29 << 23)  # float32 2**29
 # Ways the search splits its interval in one pass over the weights: seven sums fuse into one loop
 # that XLA:CPU vectorizes, so a pass costs about as much as with one sum and finds three bits.
 _NUM_WAYS = 8
@@ -48,6 +46,40 @@ def argmax_tokens(logits_SV: Array) -> Best:
     return Best(token_S=block_S * _BLOCK + inside_S, logit_S=jnp.max(max_SB, axis=1))
 
 
+def top_tokens(logits_SV: Array, num_top: int) -> tuple[Array, Array]:
+    """The K largest logits of each row and their ids, largest first, lower id first among equals.
+
+    The K best tokens lie in the K blocks with the best maxima, so only those are searched;
+    `lax.top_k` sorts the whole row on some backends and inside conditionals.
+    """
+    blocks_SBH = _in_blocks(logits_SV, fill=-jnp.inf)
+    num_seqs, num_blocks, _ = blocks_SBH.shape
+    _, block_SK = _largest(jnp.max(blocks_SBH, axis=2), min(num_top, num_blocks))
+    block_SK = jnp.sort(block_SK, axis=1)  # so that candidates stand in the order of their ids
+    candidate_SKH = jnp.take_along_axis(blocks_SBH, block_SK[:, :, None], axis=1)
+    id_SKH = block_SK[:, :, None] * _BLOCK + lax.iota(jnp.int32, _BLOCK)
+    top_SK, index_SK = _largest(candidate_SKH.reshape(num_seqs, -1), num_top)
+    return top_SK, jnp.take_along_axis(id_SKH.reshape(num_seqs, -1), index_SK, axis=1)
+
+
+def _largest(values_SN: Array, num: int) -> tuple[Array, Array]:
+    """The `num` largest values of short rows and their indices, by repeated argmax."""
+    index_N = lax.iota(jnp.int32, values_SN.shape[1])
+
+    def take_one(is_left_SN: Array, _: None) -> tuple[Array, Array]:
+        left_SN = jnp.where(is_left_SN, values_SN, -jnp.inf)
+        # Tokens of -inf are taken too, in order: the argmax alone would repeat itself.
+        best_S1 = jnp.max(left_SN, axis=1, keepdims=True)
+        is_best_SN = is_left_SN & ((values_SN == best_S1) | jnp.isnan(best_S1))
+        found_S = jnp.argmax(is_best_SN, axis=1).astype(jnp.int32)
+        return is_left_SN & (index_N != found_S[:, None]), found_S
+
+    all_left_SN = jnp.ones(values_SN.shape, jnp.bool_)
+    _, found_KS = lax.scan(take_one, all_left_SN, None, length=num)
+    found_SK = found_KS.T
+    return jnp.take_along_axis(values_SN, found_SK, axis=1), found_SK
+
+
 def draw_tokens(logits_SV: Array, best: Best, batch: SamplingBatch, bits_S: Array) -> Array:
     """Draws one token a row, int32 [S], by inverse CDF with 32 random bits a row.
 
@@ -55,18 +87,23 @@ def draw_tokens(logits_SV: Array, best: Best, batch: SamplingBatch, bits_S: Arra
     logit is not finite give a meaningless token below V.
     """
     scaled_SV = (logits_SV - best.logit_S[:, None]) / batch.temperature[:, None]
-    weight_SBH = _in_blocks(jnp.exp(scaled_SV), fill=0.0)
+    # The best token's weight must be exactly 1 (min_p = 1 keeps it), however exp is approximated.
+    weight_SBH = _in_blocks(jnp.where(scaled_SV < 0, jnp.exp(scaled_SV), 1.0), fill=0.0)
     weight_SV = weight_SBH.reshape(weight_SBH.shape[0], -1)
     least_S = lax.bitcast_convert_type(batch.min_p, jnp.int32)
     least_S = lax.cond(
-        jnp.any(batch.uses_top_k), _top_k_threshold, lambda _w, _b, least_S: least_S,
-        weight_SV, batch, least_S,
-    )  # fmt: skip
+        jnp.any(batch.uses_top_k),
+        lambda least_S: _top_k_threshold(weight_SV, batch, least_S),
+        lambda least_S: least_S,
+        least_S,
+    )
     scale_S = _mass_scale(weight_SV, least_S)
     least_S = lax.cond(
-        jnp.any(batch.uses_top_p), _top_p_threshold, lambda _w, _b, least_S, _s: least_S,
-        weight_SV, batch, least_S, scale_S,
-    )  # fmt: skip
+        jnp.any(batch.uses_top_p),
+        lambda least_S: _top_p_threshold(weight_SV, batch, least_S, scale_S),
+        lambda least_S: least_S,
+        least_S,
+    )
     token_S = _inverse_cdf(weight_SBH, least_S, scale_S, bits_S)
     return jnp.minimum(token_S, logits_SV.shape[1] - 1)
 
@@ -91,9 +128,7 @@ def _top_p_threshold(
     total_S = _sums_at(weight_SV, scale_S, [least_S])[0]
     wanted_S = jnp.ceil(batch.top_p * total_S.astype(jnp.float32)).astype(jnp.int32)
     target_S = jnp.clip(wanted_S, 1, total_S)
-    return _search(
-        weight_SV, scale_S, low_S=least_S, target_S=target_S, active_S=batch.uses_top_p
-    )
+    return _search(weight_SV, scale_S, low_S=least_S, target_S=target_S, active_S=batch.uses_top_p)
 
 
 def _search(
@@ -133,10 +168,7 @@ def _sums_at(weight_SV: Array, scale_S: Array | None, pivots: list[Array]) -> li
     One variadic reduce, so that the weights are read once for all pivots.
     """
     bits_SV = lax.bitcast_convert_type(weight_SV, jnp.int32)
-    if scale_S is None:
-        units_SV = jnp.ones_like(bits_SV)
-    else:
-        units_SV = _mass(weight_SV, scale_S[:, None])
+    units_SV = jnp.ones_like(bits_SV) if scale_S is None else _mass(weight_SV, scale_S[:, None])
     kept = tuple(jnp.where(bits_SV >= pivot_S[:, None], units_SV, 0) for pivot_S in pivots)
     zeros = (jnp.zeros((), jnp.int32),) * len(pivots)
 
@@ -160,8 +192,8 @@ def _mass_scale(weight_SV: Array, least_S: Array) -> Array:
     bits_SV = lax.bitcast_convert_type(weight_SV, jnp.int32)
     sum_S = jnp.sum(jnp.where(bits_SV >= least_S[:, None], weight_SV, 0.0), axis=1)
     exponent_S = lax.bitcast_convert_type(sum_S, jnp.int32) & _EXPONENT_MASK
-    two_to_mass_bits = (2 * _EXPONENT_BIAS + _MASS_BITS) << _MANTISSA_BITS
-    return lax.bitcast_convert_type(two_to_mass_bits - exponent_S, jnp.float32)
+    exponent_S -= _ONE_BITS  # unbiased: sum is in [2**e, 2**(e + 1))
+    return lax.bitcast_convert_type(_MASS_ONE_BITS - exponent_S, jnp.float32)
 
 
 def _inverse_cdf(weight_SBH: Array, least_S: Array, scale_S: Array, bits_S: Array) -> Array:

@@ -70,9 +70,7 @@ def init_state(*, max_num_seqs: int, vocab_size: int) -> SamplerState:
 
 def write_slot(state: SamplerState, slot: Array, row: SlotRow) -> SamplerState:
     """Replaces a slot's row. Jit it with `state` donated; it is a program of its own."""
-    return SamplerState(
-        *(leaf.at[slot].set(value) for leaf, value in zip(state, row, strict=True))
-    )
+    return SamplerState(*(leaf.at[slot].set(value) for leaf, value in zip(state, row, strict=True)))
 
 
 def advance(state: SamplerState, slot_S: Array, token_S: Array) -> SamplerState:

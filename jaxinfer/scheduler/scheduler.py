@@ -157,8 +157,7 @@ class Scheduler:
             request = state.request
             if request.status is RequestStatus.FINISHED:
                 continue  # it was aborted, or the step before ended it
-            if request.status is RequestStatus.RUNNING and result.error is None:
-                # (The pages of a preempted sequence are gone, its news are not.)
+            if request.status is RequestStatus.RUNNING:  # (a preempted one has lost its pages)
                 self._kv.publish(state.pages, seq.start + len(seq.token_ids))
             update = apply_result(state, seq, result)
             if update is not None:
@@ -224,14 +223,15 @@ class Scheduler:
             index += 1
             request = state.request
             num_pending = request.num_pending_tokens
-            if num_pending and len(request.output_token_ids) + num_pending >= request.max_tokens:
-                continue  # the step in flight ends it
-            if request.num_tokens_with_pending - request.num_computed_tokens > 1:
+            if num_pending:  # all but the pending token is computed
+                if len(request.output_token_ids) + num_pending >= request.max_tokens:
+                    continue  # the step in flight ends it
+            elif request.num_tokens - request.num_computed_tokens > 1:
                 chunks.append(state)  # it has all its pages since it was admitted
                 continue
             is_short = not self._schedule_decode(builder, state)
-        for state in chunks:
-            if state.slot is not None and builder.num_tokens_left:  # no victim of a decode
+        for state in chunks:  # none was a victim: those rank behind every sequence looked at
+            if builder.num_tokens_left:
                 self._add_chunk(builder, state)
         return not is_short and num_preemptions == self._num_preemptions
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxinfer.core.request import Request
 from jaxinfer.core.step import PENDING_TOKEN, Admission, ScheduledSeq, ScheduledStep
 from jaxinfer.scheduler.sequence import SequenceState, read_tokens
 
@@ -18,14 +17,6 @@ class InFlightStep:
     states: Sequence[SequenceState]  # parallel to step.seqs
 
 
-def _tokens_to_compute(request: Request, start: int, stop: int) -> Sequence[int]:
-    if request.num_pending_tokens == 0:
-        return read_tokens(request, start, stop)
-    # Its last known token was in the step that samples the pending one, so that one is left.
-    assert (start, stop) == (request.num_tokens, request.num_tokens + 1)
-    return _PENDING_ONLY
-
-
 class StepBuilder:
     """Adding a sequence moves its progress on: it is counted as computed from then on."""
 
@@ -33,8 +24,12 @@ class StepBuilder:
         self.num_tokens_left = num_budget_tokens
         self._num_budget_tokens = num_budget_tokens
         self._step_id = step_id
-        self._singles: list[tuple[ScheduledSeq, SequenceState]] = []
-        self._chunks: list[tuple[ScheduledSeq, SequenceState]] = []
+        # Sequences with one token, then the others. Pairs of lists: this runs for every sequence
+        # in every step.
+        self._singles: list[ScheduledSeq] = []
+        self._single_states: list[SequenceState] = []
+        self._chunks: list[ScheduledSeq] = []
+        self._chunk_states: list[SequenceState] = []
 
     def add(
         self,
@@ -47,36 +42,45 @@ class StepBuilder:
         """Takes the next `num_tokens` tokens of a running sequence, whose page table already ends
         with `new_pages`."""
         request = state.request
-        assert state.slot is not None
+        slot = state.slot
+        assert slot is not None
         assert 0 < num_tokens <= self.num_tokens_left, "the step's token budget is exceeded"
         start = request.num_computed_tokens
         stop = start + num_tokens
-        samples = stop == request.num_tokens_with_pending
+        num_pending = request.num_pending_tokens
+        num_output = len(request.output_token_ids) + num_pending
+        samples = stop == len(request.prompt_token_ids) + num_output
         scheduled = ScheduledSeq(
             request_id=request.request_id,
-            slot=state.slot,
+            slot=slot,
             start=start,
-            token_ids=_tokens_to_compute(request, start, stop),
+            # With a token pending, all known ones are computed: it is the one that is left.
+            token_ids=_PENDING_ONLY if num_pending else read_tokens(request, start, stop),
             samples=samples,
-            output_index=len(request.output_token_ids) + request.num_pending_tokens,
+            output_index=num_output,
             first_new_page=len(state.pages.pages) - len(new_pages),
             new_pages=new_pages,
             admission=admission,
         )
         request.num_computed_tokens = stop
         if samples:
-            request.num_pending_tokens += 1
+            request.num_pending_tokens = num_pending + 1
         self.num_tokens_left -= num_tokens
-        (self._singles if num_tokens == 1 else self._chunks).append((scheduled, state))
+        if num_tokens == 1:
+            self._singles.append(scheduled)
+            self._single_states.append(state)
+        else:
+            self._chunks.append(scheduled)
+            self._chunk_states.append(state)
 
     def build(self) -> InFlightStep | None:
         """The step, or None if nothing was added."""
-        entries = self._singles + self._chunks
-        if not entries:
+        seqs = self._singles + self._chunks
+        if not seqs:
             return None
         step = ScheduledStep(
             step_id=self._step_id,
-            seqs=[seq for seq, _ in entries],
+            seqs=seqs,
             num_tokens=self._num_budget_tokens - self.num_tokens_left,
         )
-        return InFlightStep(step=step, states=[state for _, state in entries])
+        return InFlightStep(step=step, states=self._single_states + self._chunk_states)

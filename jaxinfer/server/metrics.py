@@ -1,8 +1,8 @@
 """Prometheus metrics under vLLM's names and bucket edges, with a configurable prefix.
 
-Times come from the engine's own clocks (`RequestMetrics`), so a slow reader of a stream does not
-look like a slow engine. Engine gauges are read from the last snapshot at scrape time: a scrape
-sends nothing to the engine. Knows no HTTP.
+Times come from the engine's hooks: a slow reader of a stream does not look like a slow engine.
+Engine gauges are read from the last snapshot at scrape time: a scrape sends nothing to the engine.
+Knows no HTTP.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,13 +21,19 @@ from prometheus_client.registry import Collector
 from jaxinfer.core.messages import EngineInfo, EngineStats
 from jaxinfer.core.outputs import RequestMetrics
 from jaxinfer.core.request import FinishReason
+from jaxinfer.engine.request_state import FinishedEvent, TokensEvent
 
-# fmt: off
-_LATENCY_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
-_TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
-_ITL_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
-_HTTP_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-# fmt: on
+
+def _edges(text: str) -> tuple[float, ...]:
+    return tuple(float(edge) for edge in text.split())
+
+
+_LATENCY_S = _edges("0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680")
+_TTFT_S = _edges(
+    "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560"
+)
+_ITL_S = _edges("0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80")
+_HTTP_S = _edges("0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30 60 120")
 _CHOICES = (1, 2, 5, 10, 20)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -86,10 +92,10 @@ class EngineMetrics:
             return family.labels(model_name)
 
         tokens = _token_buckets(info.max_model_len)
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of accepted requests.")
-        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
-        self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
-        self.itl = histogram("inter_token_latency_seconds", "Token to next token.", _ITL_S)
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that ended.")
+        self._generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
+        self._itl = histogram("inter_token_latency_seconds", "Token to next token.", _ITL_S)
         self._tpot = histogram(
             "request_time_per_output_token_seconds", "Mean of a request's token times.", _ITL_S
         )
@@ -123,20 +129,31 @@ class EngineMetrics:
         }
         registry.register(_EngineCollector(prefix, model_name, info, stats))
 
-    def accepted(self, *, num_prompt_tokens: int, n: int, max_tokens: int | None) -> None:
-        self.prompt_tokens.inc(num_prompt_tokens)
-        self._request_prompt.observe(num_prompt_tokens)
-        self._params_n.observe(n)
-        if max_tokens is not None:
-            self._params_max.observe(max_tokens)
+    def on_tokens(self, event: TokensEvent) -> None:
+        """The engine's hook: called for every sequence of every step, so it must stay cheap."""
+        self._generation_tokens.inc(event.num_tokens)
+        if event.is_first:
+            self._ttft.observe(event.latency_s)
+            return
+        for _ in range(event.num_tokens):
+            self._itl.observe(event.latency_s / event.num_tokens)
 
-    def finished(self, reason: str, *, count: int = 1) -> None:
-        self._finished[reason].inc(count)
+    def on_finished(self, event: FinishedEvent) -> None:
+        """The engine's hook: a request has ended, or its client has gone."""
+        self._prompt_tokens.inc(event.num_prompt_tokens)
+        self._request_prompt.observe(event.num_prompt_tokens)
+        self._request_output.observe(event.num_output_tokens)
+        self._params_n.observe(event.params.n)
+        if event.params.max_tokens is not None:
+            self._params_max.observe(event.params.max_tokens)
+        for reason in event.finish_reasons:
+            # A sequence without a reason is one whose engine died.
+            self._finished[reason or FinishReason.ERROR.value].inc()
+        self._observe_times(event.metrics, event.num_output_tokens)
 
-    def request_ended(self, times: RequestMetrics, *, num_tokens: int, end_time_s: float) -> None:
-        """`num_tokens` and the times are of one request; missing times are left out."""
-        self._request_output.observe(num_tokens)
-        self._e2e.observe(end_time_s - times.arrival_time_s)
+    def _observe_times(self, times: RequestMetrics, num_tokens: int) -> None:
+        if times.finished_time_s is not None:
+            self._e2e.observe(times.finished_time_s - times.arrival_time_s)
         if times.queue_time_s is None:
             return
         self._queue.observe(times.queue_time_s)

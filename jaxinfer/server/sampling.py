@@ -1,4 +1,4 @@
-"""From request fields to `SamplingParams`. Knows field names and defaults; no tokenizer, no HTTP."""
+"""From request fields to `SamplingParams`. Knows names and defaults; no tokenizer, no HTTP."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -32,10 +32,10 @@ _MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty
 
 
 class Sampling(NamedTuple):
-    """`params.max_tokens` may be lowered to what the context leaves unless the client gave it."""
+    """`max_tokens_field` is the field in which the client gave max_tokens, None for a default."""
 
     params: SamplingParams
-    max_tokens_given: bool
+    max_tokens_field: str | None
 
 
 def completion_sampling(
@@ -55,7 +55,7 @@ def completion_sampling(
         if request.echo and request.prompt_logprobs is None:
             fields["prompt_logprobs"] = request.logprobs
     given = max_tokens_given and request.max_tokens is not None
-    return Sampling(SamplingParams(**fields), given)
+    return Sampling(SamplingParams(**fields), "max_tokens" if given else None)
 
 
 def chat_sampling(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> Sampling:
@@ -72,7 +72,7 @@ def chat_sampling(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -
         raise RequestError(
             "top_logprobs may only be given with logprobs=true.", param="top_logprobs"
         )
-    return Sampling(SamplingParams(**fields), limit is not None)
+    return Sampling(SamplingParams(**fields), None if limit is None else name)
 
 
 def _top_logprobs(count: int | None) -> int:

@@ -3,6 +3,7 @@
 The HTTP server answers before the engine does, so the engine is attached later. Knows no routes.
 """
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Mapping
@@ -12,14 +13,14 @@ from typing import Any
 
 from aiohttp import web
 
+from jaxinfer import __version__
 from jaxinfer.config.schema import ServerConfig
 from jaxinfer.core.messages import EngineInfo
 from jaxinfer.engine.async_engine import AsyncEngine
 from jaxinfer.errors import ModelNotFoundError
 from jaxinfer.server.errors import unavailable
-from jaxinfer.server.metrics import EngineMetrics, Metrics
+from jaxinfer.server.metrics import Metrics
 from jaxinfer.tokenizer.tokenizer import Tokenizer
-from jaxinfer.version import VERSION
 
 STALL_AFTER_S = 60.0
 
@@ -29,11 +30,13 @@ class Serving:
     """An engine that is ready, and what the API says of it."""
 
     engine: AsyncEngine
-    tokenizer: Tokenizer
     model_names: tuple[str, ...]  # the first is the canonical one
     sampling_defaults: Mapping[str, Any]
-    metrics: EngineMetrics
     created_s: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
 
     @property
     def info(self) -> EngineInfo:
@@ -44,7 +47,7 @@ class Serving:
         """OpenAI's `system_fingerprint`: same value, same program and model."""
         info = self.info
         what = f"{info.model}|{info.dtype}|{info.device}|{info.max_model_len}|{info.page_size}"
-        return f"jaxinfer-{VERSION}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
+        return f"jaxinfer-{__version__}-{hashlib.sha256(what.encode()).hexdigest()[:8]}"
 
     @cached_property
     def longest_token_bytes(self) -> int:
@@ -72,29 +75,29 @@ class ServerState:
         self.num_inflight = 0
         self._busy_since_s = 0.0
         self._stall_after_s = stall_after_s
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._serving: Serving | None = None
 
     def attach(
-        self,
-        engine: AsyncEngine,
-        *,
-        tokenizer: Tokenizer,
-        model_names: tuple[str, ...],
-        sampling_defaults: Mapping[str, Any],
+        self, engine: AsyncEngine, *, sampling_defaults: Mapping[str, Any] | None = None
     ) -> None:
-        """From now on requests are served by `engine`, which has started."""
+        """From now on requests are served by `engine`, which has started.
+
+        `sampling_defaults` are for requests that say nothing; None means the model's own.
+        """
+        names = tuple(self.config.served_model_name) or (engine.model_name,)
         metrics = self.metrics.engine(
             prefix=self.config.metrics_prefix,
-            model_name=model_names[0],
+            model_name=names[0],
             info=engine.info,
             stats=lambda: engine.stats,
         )
+        engine.observe(on_tokens=metrics.on_tokens, on_finished=metrics.on_finished)
+        if sampling_defaults is None:
+            sampling_defaults = engine.tokenizer.sampling_defaults()
         self._serving = Serving(
-            engine=engine,
-            tokenizer=tokenizer,
-            model_names=model_names,
-            sampling_defaults=sampling_defaults,
-            metrics=metrics,
+            engine=engine, model_names=names, sampling_defaults=sampling_defaults
         )
         self.phase = "ready"
 
@@ -110,10 +113,17 @@ class ServerState:
     def begin(self) -> None:
         if self.num_inflight == 0:
             self._busy_since_s = time.monotonic()
+            self._idle.clear()
         self.num_inflight += 1
 
     def end(self) -> None:
         self.num_inflight -= 1
+        if self.num_inflight == 0:
+            self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Returns when nothing is generated."""
+        await self._idle.wait()
 
     def not_ready(self) -> str | None:
         """Why /ready is not 200."""
@@ -134,7 +144,7 @@ class ServerState:
             return "the engine process is gone"
         if self.num_inflight == 0:
             return None
-        last_sign_s = max(self._busy_since_s, engine.last_step_time_s or 0.0)
+        last_sign_s = max(self._busy_since_s, engine.last_step_time_s)
         silent_s = time.monotonic() - last_sign_s
         if silent_s > self._stall_after_s:
             return f"requests are running and no step has ended for {silent_s:.0f} s"

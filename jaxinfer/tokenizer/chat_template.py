@@ -5,7 +5,7 @@ are not trusted: they run in Jinja's immutable sandbox and see only JSON-like va
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -35,7 +35,7 @@ _TEMPLATE_FAULTS = (
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` marks text for training; it is just its body here."""
+    """`{% generation %}...{% endgeneration %}`: marks text for training, here just its body."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
 
@@ -49,6 +49,9 @@ class _PlainDict:
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
+
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(keys, value)
 
 
 class _GuardedNamespace(Namespace):

@@ -9,6 +9,7 @@ server/text_generation_server/models/model.py).
 """
 
 import codecs
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -51,9 +52,8 @@ class IncrementalDetokenizer:
         elif kind is DecoderKind.SENTENCEPIECE:
             self._stream = _SentencePieceStream(tokenizer, tail)
         else:
-            self._stream = _WindowStream(
-                tokenizer, tail, spaces_between_special_tokens=spaces_between_special_tokens
-            )
+            spaces = skip_special_tokens or spaces_between_special_tokens
+            self._stream = _WindowStream(tokenizer, tail, spaces_between_special_tokens=spaces)
 
     def _visible_tail(self, prompt_token_ids: Sequence[int]) -> list[int]:
         """The last tokens of the prompt that show in text, as many as any stream looks at."""
@@ -122,47 +122,50 @@ class _SentencePieceStream:
     def __init__(self, tokenizer: Tokenizer, prompt_tail: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._run = bytearray()  # byte tokens not given yet
+        self._run_is_broken = False  # it is invalid: each byte is U+FFFD at once
         self._strips_space = tokenizer.decoder_rule.strips_first_space and not prompt_tail
-        self._num_prompt_bytes = 0  # of _run: a run that the prompt began
-        for token_id in reversed(prompt_tail):
-            byte = self._byte(token_id)
-            if byte is None:
-                break
-            self._run.insert(0, byte)
-        self._start_from_prompt_run()
-
-    def _start_from_prompt_run(self) -> None:
-        """Keeps of the prompt's last byte run only a character that is not finished."""
-        self._run = bytearray(_open_character(bytes(self._run)))
-        self._num_prompt_bytes = len(self._run)
-
-    def _byte(self, token_id: int) -> int | None:
-        piece = self._tokenizer.token_piece(token_id)
-        return None if piece is None else fallback_byte(piece)
+        pieces = [tokenizer.token_piece(id_) or "" for id_ in prompt_tail]
+        run = itertools.takewhile(
+            lambda byte: byte is not None, (fallback_byte(piece) for piece in reversed(pieces))
+        )
+        prompt_bytes = bytes(byte for byte in run if byte is not None)[::-1]
+        self._run += _open_character(prompt_bytes)
+        self._num_prompt_bytes = len(self._run)  # of _run: a character that the prompt began
 
     def push(self, token_id: int) -> str:
-        data = self._tokenizer.token_bytes(token_id)
-        if len(data) == 1 and self._byte(token_id) is not None:
-            self._run += data
-            return self._overflow() if len(self._run) >= _MAX_HELD_BYTES else ""
-        return self._strip(self._take_run() + data.decode())
+        piece = self._tokenizer.token_piece(token_id)
+        if piece is None:
+            return ""
+        byte = fallback_byte(piece)
+        if byte is None:
+            return self._strip(self._take_run() + piece.replace("▁", " "))
+        self._run.append(byte)
+        is_long = len(self._run) >= _MAX_HELD_BYTES
+        return self._overflow() if is_long or self._run_is_broken else ""
 
     def finish(self) -> str:
         return self._strip(self._take_run())
 
     def _overflow(self) -> str:
+        """What a run that is too long to hold gives, now that it has one more byte."""
+        text, rest = "", b""
         decoder = _Utf8Decoder(errors="strict")
         try:
             text = decoder.decode(self._run)
+            rest = decoder.getstate()[0]
         except UnicodeDecodeError:
-            return ""  # the whole run is U+FFFD whatever follows; given when it ends
-        self._run = bytearray(decoder.getstate()[0])
-        self._num_prompt_bytes = 0
+            self._run_is_broken = True
+        if self._run_is_broken:
+            text, rest = _REPLACEMENT * (len(self._run) - self._num_prompt_bytes), b""
+        self._run, self._num_prompt_bytes = bytearray(rest), 0
         return self._strip(text)
 
     def _take_run(self) -> str:
         run, self._run = self._run, bytearray()
         num_prompt_bytes, self._num_prompt_bytes = self._num_prompt_bytes, 0
+        if self._run_is_broken:
+            self._run_is_broken = False
+            return ""  # all of it was given
         try:
             return run.decode()
         except UnicodeDecodeError:
@@ -199,8 +202,8 @@ class _WindowStream:
     def push(self, token_id: int) -> str:
         self._new.append(token_id)
         text = self._decode(self._prefix + self._new)
-        unfinished = text.endswith(_REPLACEMENT) and len(self._new) < _MAX_HELD_TOKENS
-        if unfinished or len(text) <= len(self._prefix_text):
+        is_uncertain = text.endswith(_REPLACEMENT) or len(text) <= len(self._prefix_text)
+        if is_uncertain and len(self._new) < _MAX_HELD_TOKENS:
             return ""
         return self._give(text)
 

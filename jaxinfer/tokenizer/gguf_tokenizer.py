@@ -21,7 +21,7 @@ _NAMED_TOKENS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
-    "sep_token": "seperator_token_id",  # the specification's spelling
+    "sep_token": "seperator_token_id",  # spelt so by the gguf package
     "pad_token": "padding_token_id",
 }
 

@@ -128,13 +128,14 @@ def _named_tokens(config: dict[str, Any]) -> dict[str, str]:
 
 def _add_configured_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
     """Adds tokens that tokenizer_config.json names and tokenizer.json does not have."""
-    known = backend.get_added_tokens_decoder()
-    known_texts = {token.content for token in known.values()}
+    known = backend.get_added_tokens_decoder().values()
+    known_forms = {repr(token) for token in known}
+    known_texts = {token.content for token in known}
     missing: dict[str, AddedToken] = {}
     decoder = config.get("added_tokens_decoder", {})
-    for index, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
+    for _, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
         token = _as_added_token(entry, special=False)
-        if repr(known.get(int(index))) != repr(token):
+        if repr(token) not in known_forms:
             missing[token.content] = token
     wanted: list[Any] = [config.get(name) for name in _named_tokens(config) if name in config]
     for key in _EXTRA_KEYS:

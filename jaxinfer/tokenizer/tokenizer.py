@@ -107,9 +107,12 @@ class Tokenizer:
         """Token ids of `text`. Raises RequestError for text that is not valid Unicode."""
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:
+        except TypeError as error:  # what the Rust library says of a str that has no UTF-8
+            position = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
+            if position is None:
+                raise
             raise RequestError(
-                f"The text is not valid Unicode: a lone surrogate at character {error.start}.",
+                f"The text is not valid Unicode: a lone surrogate at character {position}.",
                 param="prompt",
             ) from error
 
@@ -124,7 +127,12 @@ class Tokenizer:
 
         `spaces_between_special_tokens` matters to decoders that put spaces between words only.
         """
-        text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        try:
+            text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        except OverflowError as error:  # an id is kept in 32 unsigned bits
+            raise RequestError(
+                "token ids must be between 0 and 2**32 - 1.", param="tokens"
+            ) from error
         if self._clean_up_spaces:
             for spaced, clean in _CLEAN_UPS:
                 text = text.replace(spaced, clean)
@@ -155,21 +163,22 @@ class Tokenizer:
         """The token decoded alone, as logprobs show it: part of a character is U+FFFD."""
         text = self._text_cache.get(token_id)
         if text is None:
-            text = self.decode([token_id], skip_special_tokens=False) if token_id >= 0 else ""
-            self._text_cache[token_id] = text
+            if self.token_piece(token_id) is None:
+                return ""
+            text = self._text_cache[token_id] = self.decode([token_id], skip_special_tokens=False)
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes the token adds to a text (empty outside the vocabulary)."""
         found = self._bytes_cache.get(token_id)
         if found is None:
-            found = self._bytes_cache[token_id] = self._find_bytes(token_id)
+            piece = self.token_piece(token_id)
+            if piece is None:
+                return b""
+            found = self._bytes_cache[token_id] = self._find_bytes(token_id, piece)
         return found
 
-    def _find_bytes(self, token_id: int) -> bytes:
-        piece = self.token_piece(token_id)
-        if piece is None:
-            return b""
+    def _find_bytes(self, token_id: int, piece: str) -> bytes:
         if self.decoder_rule.kind is DecoderKind.BYTE_LEVEL:
             return byte_level_bytes(piece)
         if self.decoder_rule.kind is DecoderKind.SENTENCEPIECE:

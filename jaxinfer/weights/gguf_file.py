@@ -181,9 +181,7 @@ def _read_tensor_record(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int
     return name, tuple(reversed(dims)), kind, cursor.u64()
 
 
-def _locate(
-    path: Path, name: str, *, shape: tuple[int, ...], kind: int, offset: int
-) -> GgufTensor:
+def _locate(path: Path, name: str, *, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
     try:
         known = GGMLQuantizationType(kind)
     except ValueError:

@@ -4,6 +4,7 @@ Knows which reader serves which directory or file. Knows no devices, no models a
 """
 
 import json
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class TensorInfo:
     @property
     def num_bytes(self) -> int:
         """Host memory that `read` needs for it, where it copies."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class CheckpointReader(ABC):
@@ -57,6 +58,33 @@ class CheckpointReader(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the files. Arrays that were read stay valid."""
+
+
+class ConfigReader(CheckpointReader):
+    """A model directory of which only the configuration matters, as for dummy weights."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def config(self) -> dict[str, Any]:
+        return read_json_object(self._path / "config.json")
+
+    def generation_config(self) -> dict[str, Any]:
+        file = self._path / "generation_config.json"
+        return read_json_object(file) if file.exists() else {}
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {}
+
+    def read(self, name: str) -> np.ndarray:
+        raise CheckpointError(f"{self._path} was opened without weights; {name} cannot be read")
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -90,13 +118,17 @@ def detect_format(path: Path) -> str:
 def open_checkpoint(path: str | Path, load_format: str = "auto") -> CheckpointReader:
     """Open a model directory or .gguf file.
 
-    `load_format` "auto" looks at what is there; another one insists. Raises CheckpointError.
+    `load_format` "auto" looks at what is there, "dummy" needs no weights to be there (then
+    `tensors()` may be empty), and another one insists. Raises CheckpointError.
     """
     path = Path(path)
     found = detect_format(path)
-    if load_format not in ("auto", found):
+    if load_format == "dummy" and found == "safetensors":
+        return ConfigReader(path)
+    if load_format not in ("auto", "dummy", found):
         raise CheckpointError(
-            f"load_format is {load_format!r} but {path} holds {found}; use --load-format {found} or auto"
+            f"load_format is {load_format!r} but {path} holds {found};"
+            f" use --load-format {found} or auto"
         )
     if found == "gguf":
         from jaxinfer.weights.gguf import GgufReader

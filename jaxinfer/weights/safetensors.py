@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxinfer.errors import CheckpointError
-from jaxinfer.weights.reader import CheckpointReader, TensorInfo, read_json_object
+from jaxinfer.weights.reader import ConfigReader, TensorInfo, read_json_object
 
 INDEX_FILE = "model.safetensors.index.json"
 _LENGTH_BYTES = 8  # a little-endian uint64 before the header: its length
@@ -52,25 +52,14 @@ class _Entry:
     offset: int  # bytes from the start of the file
 
 
-class SafetensorsReader(CheckpointReader):
+class SafetensorsReader(ConfigReader):
     """A model directory with safetensors files."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        super().__init__(path)
         self._entries = _scan_directory(path)
         files = {entry.file for entry in self._entries.values()}
         self._maps = {file: np.memmap(file, dtype=np.uint8, mode="r") for file in sorted(files)}
-
-    @property
-    def path(self) -> Path:
-        return self._path
-
-    def config(self) -> dict[str, Any]:
-        return read_json_object(self._path / "config.json")
-
-    def generation_config(self) -> dict[str, Any]:
-        file = self._path / "generation_config.json"
-        return read_json_object(file) if file.exists() else {}
 
     def tensors(self) -> dict[str, TensorInfo]:
         return {name: entry.info for name, entry in self._entries.items()}

@@ -21,6 +21,7 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -47,9 +48,18 @@ class StepLayout(NamedTuple):
     page_table_RM: Array  # int32 [R, M]
 
 
+class TokenPlaces(NamedTuple):
+    """Where each of T tokens belongs; all int32 [T]. Padding: position 0, a page that is none."""
+
+    seq_T: Array  # index of its sequence in the step
+    position_T: Array  # in its sequence
+    page_T: Array  # page that receives its key and value; num_pages (dropped) for padding
+    offset_T: Array  # place in that page
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["layout", "token_pages_T", "token_offsets_T", "work"],
+    data_fields=["layout", "places", "work"],
     meta_fields=["decode_only"],
 )
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +67,7 @@ class AttentionBatch:
     """The per-step metadata, computed once by `plan` and read by every layer."""
 
     layout: StepLayout
-    token_pages_T: Array  # int32 [T] page that receives each token's K/V; P (dropped) for padding
-    token_offsets_T: Array  # int32 [T] place in that page
+    places: TokenPlaces
     work: tuple[Array, ...]  # a backend's own list of work
     decode_only: bool  # static: every sequence has one token, T == S
 
@@ -78,20 +87,21 @@ class PagedAttention(Protocol):
 
 
 class PlanAttention(Protocol):
-    """Makes the per-step metadata from a step's layout."""
+    """Makes the per-step metadata. `decode_only`: every sequence has one token and T == S."""
 
     def __call__(
-        self, layout: StepLayout, *, num_tokens: int, num_pages: int, page_size: int
+        self,
+        layout: StepLayout,
+        places: TokenPlaces,
+        *,
+        decode_only: bool,
     ) -> AttentionBatch: ...
 
 
 def locate_tokens(
     layout: StepLayout, *, num_tokens: int, num_pages: int, page_size: int
-) -> tuple[Array, Array, Array]:
-    """Of each of T tokens: its position in its sequence, its page, its place in the page.
-
-    Padding tokens get position 0 and page `num_pages`, which scatters drop. All int32 [T].
-    """
+) -> TokenPlaces:
+    """The places of a step's tokens, from its layout."""
     tokens_T = jax.lax.iota("int32", num_tokens)
     last_seq = layout.slots_S.shape[0] - 1
     # The sequence of a token is the number of sequences that end at or before it.
@@ -99,7 +109,11 @@ def locate_tokens(
     seq_T = (tokens_T[:, None] >= ends_S[None, :]).sum(axis=1, dtype="int32").clip(max=last_seq)
     is_real_T = tokens_T < layout.query_starts_S1[layout.num_seqs]
     position_T = layout.starts_S[seq_T] + tokens_T - layout.query_starts_S1[seq_T]
-    position_T = jax.numpy.where(is_real_T, position_T, 0)
+    position_T = jnp.where(is_real_T, position_T, 0)
     page_T = layout.page_table_RM[layout.slots_S[seq_T], position_T // page_size]
-    page_T = jax.numpy.where(is_real_T, page_T, num_pages)
-    return position_T, page_T, position_T % page_size
+    return TokenPlaces(
+        seq_T=seq_T,
+        position_T=position_T,
+        page_T=jnp.where(is_real_T, page_T, num_pages),
+        offset_T=position_T % page_size,
+    )

@@ -10,24 +10,13 @@ from pallas_kernels.paged_attention.api import (
     AttentionBatch,
     AttentionSpec,
     StepLayout,
-    locate_tokens,
+    TokenPlaces,
 )
 
 
-def plan(layout: StepLayout, *, num_tokens: int, num_pages: int, page_size: int) -> AttentionBatch:
-    """Per-step metadata: each token's place and position."""
-    position_T, page_T, offset_T = locate_tokens(
-        layout, num_tokens=num_tokens, num_pages=num_pages, page_size=page_size
-    )
-    ends_S = layout.query_starts_S1[1:]
-    seq_T = (jnp.arange(num_tokens)[:, None] >= ends_S[None, :]).sum(axis=1, dtype=jnp.int32)
-    return AttentionBatch(
-        layout=layout,
-        token_pages_T=page_T,
-        token_offsets_T=offset_T,
-        work=(position_T, seq_T.clip(max=layout.slots_S.shape[0] - 1)),
-        decode_only=False,
-    )
+def plan(layout: StepLayout, places: TokenPlaces, *, decode_only: bool) -> AttentionBatch:
+    """Nothing to prepare."""
+    return AttentionBatch(layout=layout, places=places, work=(), decode_only=decode_only)
 
 
 def paged_attention(
@@ -39,12 +28,10 @@ def paged_attention(
     spec: AttentionSpec,
 ) -> tuple[Array, Array]:
     """See api.PagedAttention; all arithmetic in float32."""
-    position_T, seq_T = batch.work
+    seq_T, position_T, page_T, offset_T = batch.places
     head_dim = q_TKGH.shape[-1]
     kv_TKC = jnp.concatenate([k_TKH, v_TKH], axis=-1).astype(pages_PKBC.dtype)
-    pages_PKBC = pages_PKBC.at[batch.token_pages_T, :, batch.token_offsets_T].set(
-        kv_TKC, mode="drop"
-    )
+    pages_PKBC = pages_PKBC.at[page_T, :, offset_T].set(kv_TKC, mode="drop")
     rows_TM = batch.layout.page_table_RM[batch.layout.slots_S[seq_T]]
     kv_TMKBC = pages_PKBC[rows_TM].astype(jnp.float32)
     kv_TKXC = kv_TMKBC.transpose(0, 2, 1, 3, 4).reshape(

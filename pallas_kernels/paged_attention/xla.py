@@ -20,7 +20,7 @@ from pallas_kernels.paged_attention.api import (
     AttentionBatch,
     AttentionSpec,
     StepLayout,
-    locate_tokens,
+    TokenPlaces,
 )
 
 QUERY_BLOCK = 64  # queries of a prefill item
@@ -48,37 +48,27 @@ def _from_storage(values: Array, dtype: jnp.dtype) -> Array:
     return values.astype(jnp.float32)
 
 
-def plan(layout: StepLayout, *, num_tokens: int, num_pages: int, page_size: int) -> AttentionBatch:
-    """Places of the tokens, and the list of prefill items unless the step is decode only.
+def plan(layout: StepLayout, places: TokenPlaces, *, decode_only: bool) -> AttentionBatch:
+    """The list of prefill items, unless the step has none.
 
     `work` is (item_seq_I, item_token_I, num_items): of each block of queries its sequence and
     its first token.
     """
-    num_seqs = layout.slots_S.shape[0]
-    _, page_T, offset_T = locate_tokens(
-        layout, num_tokens=num_tokens, num_pages=num_pages, page_size=page_size
-    )
-    decode_only = num_seqs == num_tokens
-    work: tuple[Array, ...] = ()
-    if not decode_only:
-        seqs_S = jnp.arange(num_seqs, dtype=jnp.int32)
-        lengths_S = layout.query_starts_S1[1:] - layout.query_starts_S1[:-1]
-        is_prefill_S = (seqs_S >= layout.num_decodes) & (seqs_S < layout.num_seqs)
-        blocks_S = jnp.where(is_prefill_S, -(-lengths_S // QUERY_BLOCK), 0)
-        item_ends_S = jnp.cumsum(blocks_S, dtype=jnp.int32)
-        items_I = jnp.arange(num_tokens // QUERY_BLOCK + num_seqs, dtype=jnp.int32)
-        seq_I = (items_I[:, None] >= item_ends_S[None, :]).sum(axis=1, dtype=jnp.int32)
-        seq_I = seq_I.clip(max=num_seqs - 1)
-        block_I = items_I - (item_ends_S - blocks_S)[seq_I]
-        token_I = layout.query_starts_S1[seq_I] + block_I * QUERY_BLOCK
-        work = (seq_I, token_I, item_ends_S[-1])
-    return AttentionBatch(
-        layout=layout,
-        token_pages_T=page_T,
-        token_offsets_T=offset_T,
-        work=work,
-        decode_only=decode_only,
-    )
+    num_tokens, num_seqs = places.seq_T.shape[0], layout.slots_S.shape[0]
+    if decode_only:
+        return AttentionBatch(layout=layout, places=places, work=(), decode_only=True)
+    seqs_S = jnp.arange(num_seqs, dtype=jnp.int32)
+    lengths_S = layout.query_starts_S1[1:] - layout.query_starts_S1[:-1]
+    is_prefill_S = (seqs_S >= layout.num_decodes) & (seqs_S < layout.num_seqs)
+    blocks_S = jnp.where(is_prefill_S, -(-lengths_S // QUERY_BLOCK), 0)
+    item_ends_S = jnp.cumsum(blocks_S, dtype=jnp.int32)
+    items_I = jnp.arange(num_tokens // QUERY_BLOCK + num_seqs, dtype=jnp.int32)
+    seq_I = (items_I[:, None] >= item_ends_S[None, :]).sum(axis=1, dtype=jnp.int32)
+    seq_I = seq_I.clip(max=num_seqs - 1)
+    block_I = items_I - (item_ends_S - blocks_S)[seq_I]
+    token_I = layout.query_starts_S1[seq_I] + block_I * QUERY_BLOCK
+    work = (seq_I, token_I, item_ends_S[-1])
+    return AttentionBatch(layout=layout, places=places, work=work, decode_only=False)
 
 
 class _Queries(NamedTuple):
@@ -152,7 +142,8 @@ def _attend(
 
 def _write(k_TKH: Array, v_TKH: Array, pages_PKBC: Array, batch: AttentionBatch) -> Array:
     kv_TKC = _to_storage(jnp.concatenate([k_TKH, v_TKH], axis=-1), pages_PKBC.dtype)
-    return pages_PKBC.at[batch.token_pages_T, :, batch.token_offsets_T].set(kv_TKC, mode="drop")
+    places = batch.places
+    return pages_PKBC.at[places.page_T, :, places.offset_T].set(kv_TKC, mode="drop")
 
 
 def paged_attention(

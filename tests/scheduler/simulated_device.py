@@ -225,6 +225,9 @@ class Simulation:
         return updates
 
     def step(self) -> ScheduledStep | None:
+        """What the engine's loop does in a round; leaves fewer than `depth` steps in flight."""
+        while len(self.in_flight) >= self.depth:
+            self.settle()
         step = self.dispatch()
         if self.in_flight and (step is None or len(self.in_flight) == self.depth):
             self.settle()

@@ -1,0 +1,48 @@
+"""Flags that say how to sample, shared by `generate` and `chat`. Knows no engine."""
+
+import argparse
+from typing import Any
+
+from jaxinfer.config.schema import ModelConfig
+from jaxinfer.core.sampling_params import SamplingParams
+from jaxinfer.engine.model_source import sampling_defaults
+from jaxinfer.tokenizer.tokenizer import Tokenizer
+
+_FLAGS: tuple[tuple[str, type, str], ...] = (
+    ("temperature", float, "0 takes the most likely token"),
+    ("top_p", float, "least probability mass to sample from"),
+    ("top_k", int, "most tokens to sample from"),
+    ("min_p", float, "least probability, relative to the most likely token's"),
+    ("repetition_penalty", float, "above 1: avoid tokens that were there"),
+)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
+    """Adds the flags; what is not given comes from the model's generation_config.json."""
+    group = parser.add_argument_group("sampling (default: the model's)")
+    for name, kind, text in _FLAGS:
+        group.add_argument("--" + name.replace("_", "-"), dest=name, type=kind, help=text)
+    shown = "what the context leaves" if max_tokens is None else max_tokens
+    group.add_argument(
+        "--max-tokens", type=int, default=max_tokens, help=f"longest answer (default: {shown})"
+    )
+    group.add_argument("--stop", nargs="+", default=[], help="texts that end the answer")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the end")
+
+
+def sampling_params(
+    args: argparse.Namespace, model: ModelConfig, tokenizer: Tokenizer
+) -> SamplingParams:
+    """The flags over the model's defaults; raises RequestError for values out of range."""
+    defaults = sampling_defaults(tokenizer, model)
+    given = vars(args)
+    values: dict[str, Any] = {}
+    for name, _, _ in _FLAGS:
+        value = given[name] if given[name] is not None else defaults.get(name)
+        if value is not None:
+            values[name] = value
+    if "setting_seed" in given:  # only when --seed was written: its default must not fix a chat
+        values["seed"] = model.seed
+    return SamplingParams(
+        max_tokens=args.max_tokens, stop=args.stop, ignore_eos=args.ignore_eos, **values
+    )

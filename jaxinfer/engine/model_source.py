@@ -1,0 +1,73 @@
+"""Finds a model's files and reads its tokenizer: what both AsyncEngine and LLM need first.
+
+Imports no JAX. Knows configuration, hub and tokenizer; nothing of engines.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.config.schema import EngineConfig, ModelConfig
+from jaxinfer.core.sampling_params import SamplingParams
+from jaxinfer.engine.build import ProgressCallback
+from jaxinfer.errors import ConfigError
+from jaxinfer.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from jaxinfer.weights.hub import locate_model
+
+_SAMPLING_KEYS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "max_new_tokens",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """`name` is what users call the model."""
+
+    tokenizer: Tokenizer
+    name: str
+
+
+def load_model_tokenizer(config: EngineConfig, on_progress: ProgressCallback) -> LoadedModel:
+    """Finds (or downloads) the model and loads its tokenizer; raises UserError."""
+    model = config.model
+    location = locate_model(model, on_progress)
+    path = location.path
+    if model.tokenizer is not None:
+        path = Path(model.tokenizer).expanduser()
+        if not path.exists():
+            path = locate_model(replace(model, model=model.tokenizer), on_progress).path
+    return LoadedModel(
+        tokenizer=load_tokenizer(path, chat_template=model.chat_template),
+        name=location.name,
+    )
+
+
+def sampling_defaults(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
+    """The sampling fields that --generation-config chooses; raises ConfigError."""
+    if model.generation_config == "auto":
+        return tokenizer.sampling_defaults()
+    if model.generation_config == "vllm":
+        return {}
+    path = Path(model.generation_config) / "generation_config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--generation-config={model.generation_config}: cannot read {path}: {error}. Give "
+            "auto, vllm or a directory that holds a generation_config.json."
+        ) from error
+    return {key: fields[key] for key in _SAMPLING_KEYS if fields.get(key) is not None}
+
+
+def default_sampling_params(tokenizer: Tokenizer, model: ModelConfig) -> SamplingParams:
+    """Sampling as the model's generation_config.json wants it (--generation-config)."""
+    defaults = sampling_defaults(tokenizer, model)
+    if "max_new_tokens" in defaults:
+        defaults["max_tokens"] = defaults.pop("max_new_tokens")
+    return SamplingParams(**defaults)

@@ -1,0 +1,176 @@
+"""How the device's memory is divided: weights, the largest step's temporaries, KV pages.
+
+Arithmetic and a table; knows no arrays. The temporaries are XLA's own figure for the compiled
+step (`memory_analysis`), first estimated so that the number of pages can be fixed before anything
+is compiled, then checked.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxinfer.config.schema import CacheConfig
+from jaxinfer.errors import CapacityError
+from jaxinfer.kv_cache.layout import KVLayout, num_pages_for
+
+CPU_KV_BYTES = 2 * 2**30
+"""Most KV cache that is taken on a CPU unasked: the memory is shared with everything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes per device."""
+
+    device_bytes: int  # what the device has (a CPU: what is available)
+    usable_bytes: int  # the part of it that may be used
+    weight_bytes: int
+    state_bytes: int  # page table and sampler state
+    temp_bytes: int  # temporaries of the largest step
+    page_bytes: int  # one page in all layers
+    num_pages: int
+    page_size: int
+    kv_reason: str  # why so many pages
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_pages * self.page_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.state_bytes + self.temp_bytes + self.kv_bytes
+
+    def table(self) -> str:
+        """The plan, one line a part."""
+        tokens = self.num_pages * self.page_size
+        rows = [
+            ("weights", self.weight_bytes, ""),
+            ("slot state", self.state_bytes, ""),
+            ("largest step", self.temp_bytes, "temporaries"),
+            (
+                "KV cache",
+                self.kv_bytes,
+                f"{self.num_pages} pages of {self.page_size} = {tokens} tokens, {self.kv_reason}",
+            ),
+            ("total", self.total_bytes, f"of {_gib(self.usable_bytes)} usable"),
+        ]
+        return "\n".join(f"  {name:<12} {_gib(size):>10}  {note}" for name, size, note in rows)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeeds:
+    """What the plan is made from; bytes per device."""
+
+    platform: str
+    device_bytes: int
+    weight_bytes: int
+    state_bytes: int
+    temp_bytes: int
+    layout: KVLayout
+    max_model_len: int
+    max_num_seqs: int
+
+
+def plan_memory(needs: MemoryNeeds, cache: CacheConfig) -> MemoryPlan:
+    """Divides the memory.
+
+    Raises CapacityError, saying what would fit, when one sequence of `max_model_len` does not.
+    """
+    usable_bytes = int(needs.device_bytes * cache.gpu_memory_utilization)
+    page_bytes = needs.layout.bytes_per_page
+    free_bytes = usable_bytes - needs.weight_bytes - needs.state_bytes - needs.temp_bytes
+    num_pages, reason = _num_pages(needs, cache, max(free_bytes, 0))
+    plan = MemoryPlan(
+        device_bytes=needs.device_bytes,
+        usable_bytes=usable_bytes,
+        weight_bytes=needs.weight_bytes,
+        state_bytes=needs.state_bytes,
+        temp_bytes=needs.temp_bytes,
+        page_bytes=page_bytes,
+        num_pages=num_pages,
+        page_size=needs.layout.page_size,
+        kv_reason=reason,
+    )
+    _check(plan, needs)
+    return plan
+
+
+def _num_pages(needs: MemoryNeeds, cache: CacheConfig, free_bytes: int) -> tuple[int, str]:
+    page_bytes = needs.layout.bytes_per_page
+    if cache.num_gpu_blocks_override is not None:
+        return cache.num_gpu_blocks_override, "--num-gpu-blocks-override"
+    if cache.kv_cache_memory_bytes is not None:
+        return cache.kv_cache_memory_bytes // page_bytes, "--kv-cache-memory-bytes"
+    most_useful = needs.max_num_seqs * num_pages_for(needs.max_model_len, needs.layout.page_size)
+    limits = [
+        (free_bytes // page_bytes, "all that is left; --gpu-memory-utilization changes it"),
+        (most_useful, "enough for --max-num-seqs sequences of --max-model-len"),
+    ]
+    if needs.platform == "cpu":
+        one_sequence = num_pages_for(needs.max_model_len, needs.layout.page_size)
+        most_on_cpu = max(CPU_KV_BYTES // page_bytes, one_sequence)
+        limits.append((most_on_cpu, "usual on a CPU; --kv-cache-memory-bytes changes it"))
+    return min(limits)
+
+
+def _check(plan: MemoryPlan, needs: MemoryNeeds) -> None:
+    needed = num_pages_for(needs.max_model_len, plan.page_size)
+    room = plan.usable_bytes - (plan.total_bytes - plan.kv_bytes)
+    if plan.num_pages >= needed and plan.kv_bytes <= max(room, 0):
+        return
+    fitting_pages = min(plan.num_pages, max(room, 0) // plan.page_bytes)
+    if room <= 0:
+        repair = "use a smaller model or dtype, or more devices (--tensor-parallel-size)"
+    elif plan.num_pages >= needed:
+        repair = f"use at most {fitting_pages} pages ({fitting_pages * plan.page_bytes} bytes)"
+    else:
+        repair = (
+            f"--max-model-len {fitting_pages * plan.page_size} would fit, or give the cache more "
+            "(--gpu-memory-utilization, --kv-cache-memory-bytes), a smaller --kv-cache-dtype, or "
+            "more devices (--tensor-parallel-size)"
+        )
+    raise CapacityError(
+        f"Not enough memory: one sequence of --max-model-len {needs.max_model_len} needs {needed} "
+        f"KV pages ({_gib(needed * plan.page_bytes)}), but there is room for {fitting_pages}:\n"
+        f"{plan.table()}\n{repair}."
+    )
+
+
+def with_measured_temp(plan: MemoryPlan, temp_bytes: int) -> MemoryPlan:
+    """The plan with XLA's figure for the temporaries in place of the estimate."""
+    return replace(plan, temp_bytes=temp_bytes)
+
+
+def estimate_temp_bytes(
+    *, num_tokens: int, num_seqs: int, model_dim_bytes: int, vocab_size: int
+) -> int:
+    """A generous guess at the largest step's temporaries, from its shape.
+
+    `model_dim_bytes` is the size of one token's widest activations; logits are float32 and a
+    handful of copies of them live at once while sampling.
+    """
+    logits_bytes = 4 * vocab_size * max(num_seqs, 64)
+    return 8 * num_tokens * model_dim_bytes + 6 * logits_bytes
+
+
+def available_cpu_bytes() -> int:
+    """Memory that a process may take now: the kernel's figure, or what a container's limit leaves."""
+    limits = [_meminfo_available()]
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file():
+        text = limit.read_text().strip()
+        if text != "max":
+            limits.append(int(text) - int(used.read_text()))
+    return int(min(limits))
+
+
+def _meminfo_available() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux: no figure, no limit
+        return math.inf
+    fields = dict(line.split(":", 1) for line in lines)
+    return int(fields["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,140 @@
+"""A step as one row of int32 words: packed on the host, read back inside the jit.
+
+One transfer a step carries everything the device does not have already. `_sections` is the only
+description of the layout; both directions use it.
+
+Letters: T tokens, S sequences, U page updates, W sampling words.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax import Array
+
+from jaxinfer.core.step import ScheduledSeq
+from jaxinfer.runner.buckets import Bucket
+from jaxinfer.sampling.params import NUM_WORDS, step_words
+
+
+class StepInputs(NamedTuple):
+    """What a step is told, in the jit; all int32."""
+
+    token_ids_T: Array  # PENDING_TOKEN: the slot's last sampled token
+    query_starts_S1: Array
+    slots_S: Array
+    starts_S: Array
+    wants_prompt_S: Array  # 1: log-probabilities of the prompt's tokens are wanted
+    next_token_S: Array  # the prompt token behind the chunk, -1 at the prompt's end
+    sampling_SW: Array
+    page_slots_U: Array  # slots outside the table: no update
+    page_columns_U: Array
+    page_ids_U: Array
+    num_seqs: Array
+    num_decodes: Array
+
+
+class PromptChunk(NamedTuple):
+    """The part of a step in which a sequence wants log-probabilities of its prompt."""
+
+    num_logprobs: int  # likeliest tokens wanted besides the prompt's own
+    num_targets: int  # prompt tokens behind the chunk's first ones: those that are scored
+    next_token: int  # the prompt token behind the chunk, -1 at the prompt's end
+
+
+def num_page_updates(bucket: Bucket, page_size: int) -> int:
+    """U: room for one new page a sequence and the pages of the step's tokens."""
+    return bucket.num_seqs + bucket.num_tokens // page_size
+
+
+def _sections(bucket: Bucket, page_size: int) -> dict[str, int]:
+    """Words of each field of StepInputs, in their order."""
+    num_updates = num_page_updates(bucket, page_size)
+    return {
+        "token_ids_T": bucket.num_tokens,
+        "query_starts_S1": bucket.num_seqs + 1,
+        "slots_S": bucket.num_seqs,
+        "starts_S": bucket.num_seqs,
+        "wants_prompt_S": bucket.num_seqs,
+        "next_token_S": bucket.num_seqs,
+        "sampling_SW": bucket.num_seqs * NUM_WORDS,
+        "page_slots_U": num_updates,
+        "page_columns_U": num_updates,
+        "page_ids_U": num_updates,
+        "num_seqs": 1,
+        "num_decodes": 1,
+    }
+
+
+def num_words(bucket: Bucket, page_size: int) -> int:
+    """Length of a bucket's row."""
+    return sum(_sections(bucket, page_size).values())
+
+
+def _split(words: np.ndarray | Array, bucket: Bucket, page_size: int) -> dict[str, np.ndarray]:
+    """Views of the row's sections."""
+    views, start = {}, 0
+    for name, length in _sections(bucket, page_size).items():
+        views[name] = words[start : start + length]
+        start += length
+    return views
+
+
+def unpack_step(words: Array, bucket: Bucket, page_size: int) -> StepInputs:
+    """The row's fields, inside the jit."""
+    fields = _split(words, bucket, page_size)
+    fields["sampling_SW"] = fields["sampling_SW"].reshape(bucket.num_seqs, NUM_WORDS)
+    fields["num_seqs"] = fields["num_seqs"][0]
+    fields["num_decodes"] = fields["num_decodes"][0]
+    return StepInputs(**fields)
+
+
+def pack_step(
+    seqs: Sequence[ScheduledSeq],
+    bucket: Bucket,
+    *,
+    page_size: int,
+    sampling_table_RW: np.ndarray,
+    prompts: Sequence[PromptChunk | None],
+) -> np.ndarray:
+    """The row of a step on the host; `prompts` of the sequences that want prompt logprobs.
+
+    The new pages of all sequences must fit `num_page_updates`.
+    """
+    max_num_seqs = sampling_table_RW.shape[0]
+    words = np.zeros(num_words(bucket, page_size), np.int32)
+    view = _split(words, bucket, page_size)
+    view["page_slots_U"][:] = max_num_seqs
+    num_seqs = len(seqs)
+    view["wants_prompt_S"][:num_seqs] = [chunk is not None for chunk in prompts]
+    view["next_token_S"][:num_seqs] = [chunk.next_token if chunk else -1 for chunk in prompts]
+    view["slots_S"][:num_seqs] = [seq.slot for seq in seqs]
+    view["starts_S"][:num_seqs] = [seq.start for seq in seqs]
+    token, update = 0, 0
+    for index, seq in enumerate(seqs):
+        view["query_starts_S1"][index] = token
+        end = token + len(seq.token_ids)
+        view["token_ids_T"][token:end] = seq.token_ids
+        token = end
+        if seq.new_pages:
+            until = update + len(seq.new_pages)
+            view["page_slots_U"][update:until] = seq.slot
+            view["page_columns_U"][update:until] = range(
+                seq.first_new_page, seq.first_new_page + len(seq.new_pages)
+            )
+            view["page_ids_U"][update:until] = seq.new_pages
+            update = until
+    view["query_starts_S1"][num_seqs:] = token
+    samples_S = np.zeros(bucket.num_seqs, np.bool_)
+    samples_S[:num_seqs] = [seq.samples for seq in seqs]
+    output_indices_S = np.zeros(bucket.num_seqs, np.int32)
+    output_indices_S[:num_seqs] = [seq.output_index for seq in seqs]
+    view["sampling_SW"][:] = step_words(
+        sampling_table_RW,
+        slots_S=view["slots_S"],
+        output_indices_S=output_indices_S,
+        samples_S=samples_S,
+    ).ravel()
+    view["num_seqs"][0] = num_seqs
+    view["num_decodes"][0] = sum(len(seq.token_ids) == 1 for seq in seqs)
+    return words

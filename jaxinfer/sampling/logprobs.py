@@ -1,0 +1,111 @@
+"""Log-probabilities of the raw distribution: of sampled tokens, and of a prompt's own tokens.
+
+Raw means before masks, penalties and temperature, as in vLLM's default mode. Knows logits and
+token ids; knows no requests.
+
+Shapes: S sequences, T tokens of the step, V width of the logits, D model, K most likely tokens.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxinfer.core.sampling_params import MAX_LOGPROBS
+from jaxinfer.sampling.processors import mask_padding
+from jaxinfer.sampling.select import top_tokens
+
+_CHUNK = 64  # prompt positions whose logits exist at once
+
+
+class Logprobs(NamedTuple):
+    """For N positions; natural logs, float32. All zero where nobody in the batch wants them."""
+
+    token_logprob_N: Array  # float32, of the given token
+    rank_N: Array  # int32, 1 = most likely; equals share the best rank
+    top_ids_NK: Array  # int32, most likely first, lower id first among equals
+    top_logprobs_NK: Array  # float32
+
+
+def token_logprobs(
+    logits_SV: Array,
+    token_S: Array,
+    wanted_S: Array,
+    *,
+    vocab_size: int,
+    num_top: int = MAX_LOGPROBS,
+) -> Logprobs:
+    """Log-probabilities of one token a row of raw float32 logits, and of the K likeliest.
+
+    Computed for all rows if any is wanted, for none otherwise.
+    """
+    num_top = min(num_top, vocab_size)
+    return lax.cond(
+        jnp.any(wanted_S),
+        lambda: _logprobs(mask_padding(logits_SV, vocab_size=vocab_size), token_S, num_top),
+        lambda: _no_logprobs(token_S.shape[0], num_top),
+    )
+
+
+def prompt_logprobs(
+    hidden_TD: Array,
+    target_T: Array,
+    wanted_T: Array,
+    *,
+    logits_of: Callable[[Array], Array],
+    vocab_size: int,
+    num_top: int = MAX_LOGPROBS,
+) -> Logprobs:
+    """Log-probabilities of `target_T[t]`, the token after t, for each position of the step.
+
+    `logits_of` maps final hidden states [64, D] to raw float32 logits [64, V]. Positions are taken
+    64 at a time, so the logits of the whole step never exist; chunks that nobody wants are skipped.
+    """
+    num_tokens = target_T.shape[0]
+    num_top = min(num_top, vocab_size)
+    chunk = min(_CHUNK, num_tokens)
+    num_chunks = -(-num_tokens // chunk)
+
+    def in_chunks(values: Array) -> Array:
+        padding = ((0, num_chunks * chunk - num_tokens),) + ((0, 0),) * (values.ndim - 1)
+        return jnp.pad(values, padding).reshape(num_chunks, chunk, *values.shape[1:])
+
+    def one_chunk(args: tuple[Array, Array, Array]) -> Logprobs:
+        hidden_CD, target_C, wanted_C = args
+        return lax.cond(
+            jnp.any(wanted_C),
+            lambda: _logprobs(
+                mask_padding(logits_of(hidden_CD), vocab_size=vocab_size), target_C, num_top
+            ),
+            lambda: _no_logprobs(chunk, num_top),
+        )
+
+    def run() -> Logprobs:
+        out = lax.map(one_chunk, (in_chunks(hidden_TD), in_chunks(target_T), in_chunks(wanted_T)))
+        return Logprobs(*(leaf.reshape(-1, *leaf.shape[2:])[:num_tokens] for leaf in out))
+
+    return lax.cond(jnp.any(wanted_T), run, lambda: _no_logprobs(num_tokens, num_top))
+
+
+def _logprobs(logits_NV: Array, token_N: Array, num_top: int) -> Logprobs:
+    top_logits_NK, top_ids_NK = top_tokens(logits_NV, num_top)
+    best_N1 = top_logits_NK[:, :1]
+    log_sum_N1 = jnp.log(jnp.sum(jnp.exp(logits_NV - best_N1), axis=1, keepdims=True))
+    token_logit_N1 = jnp.take_along_axis(logits_NV, token_N[:, None], axis=1)
+    num_better_N = jnp.sum((logits_NV > token_logit_N1).astype(jnp.int32), axis=1)
+    return Logprobs(
+        token_logprob_N=(token_logit_N1 - best_N1 - log_sum_N1)[:, 0],
+        rank_N=num_better_N + 1,
+        top_ids_NK=top_ids_NK,
+        top_logprobs_NK=top_logits_NK - best_N1 - log_sum_N1,
+    )
+
+
+def _no_logprobs(num: int, num_top: int) -> Logprobs:
+    return Logprobs(
+        token_logprob_N=jnp.zeros((num,), jnp.float32),
+        rank_N=jnp.zeros((num,), jnp.int32),
+        top_ids_NK=jnp.zeros((num, num_top), jnp.int32),
+        top_logprobs_NK=jnp.zeros((num, num_top), jnp.float32),
+    )

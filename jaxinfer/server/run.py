@@ -1,0 +1,212 @@
+"""`run_server`: the life of the HTTP process, from the socket to the last answer.
+
+The socket is bound before anything is loaded, so a port in use is known at once and /health and
+/ready answer while the engine loads. Knows the order of things; not what they do. Imports no JAX.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from aiohttp import web
+
+from jaxinfer.config.schema import EngineConfig, ServeConfig
+from jaxinfer.engine.async_engine import AsyncEngine
+from jaxinfer.engine.build import DEFAULT_RUNNER_FACTORY
+from jaxinfer.engine.client import ProcessClient
+from jaxinfer.engine.model_source import LoadedModel, load_model_tokenizer, sampling_defaults
+from jaxinfer.errors import ConfigError
+from jaxinfer.logging import get_logger
+from jaxinfer.server.app import create_app_around, make_runner
+from jaxinfer.server.state import ServerState
+
+logger = get_logger(__name__)
+
+_BACKLOG = 2048
+_PROGRESS_EVERY_S = 10.0
+
+_T = TypeVar("_T")
+
+
+def run_server(config: ServeConfig, *, runner_factory: str = DEFAULT_RUNNER_FACTORY) -> None:
+    """Serves until SIGINT or SIGTERM; then returns, with no process left behind.
+
+    Raises ConfigError for an address that cannot be bound, and what kept the engine from starting.
+    """
+    with bind(config.server.host, config.server.port) as listener:
+        asyncio.run(_Server(config, listener, runner_factory).serve())
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address. Raises ConfigError that names what to change."""
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except OSError as error:
+        raise ConfigError(f"--host={host!r} is not an address of this machine: {error}.") from error
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # Bound is not yet taken: another process could still bind and listen first.
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"--port={port}: cannot listen on {host}:{port} ({error.strerror}). Choose another "
+            "port (0 picks a free one) or stop what uses it."
+        ) from error
+    return listener
+
+
+class _Server:
+    """One run: start, serve, drain, stop."""
+
+    def __init__(self, config: ServeConfig, listener: socket.socket, runner_factory: str) -> None:
+        self._config = config
+        self._listener = listener
+        self._runner_factory = runner_factory
+        self._state = ServerState(config.server)
+        self._stop = asyncio.Event()  # the first signal
+        self._hurry = asyncio.Event()  # the second
+        self._engine: AsyncEngine | None = None
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        runner = make_runner(create_app_around(self._state))
+        await runner.setup()
+        site = web.SockSite(runner, self._listener, backlog=_BACKLOG)
+        await site.start()
+        logger.info("listening on %s; the engine is starting", self._url)
+        try:
+            if await self._start_engine_unless_stopped():
+                logger.info("ready: %s/v1", self._url)
+                await self._stop.wait()
+                await site.stop()
+                await self._drain()
+        finally:
+            # First the engine, so that open requests end with an error instead of silence.
+            if self._engine is not None:
+                await self._engine.close()
+            await runner.cleanup()
+            logger.info("stopped")
+
+    @property
+    def _url(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
+        logger.info("shutting down")
+        self._state.is_draining = True
+        self._stop.set()
+
+    async def _start_engine_unless_stopped(self) -> bool:
+        """False if a signal came first. Raises what kept the engine from starting."""
+        start = asyncio.create_task(self._start_engine())
+        stop = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if start.done():
+                await start
+            return not self._stop.is_set()
+        finally:
+            for task in (start, stop):
+                task.cancel()
+            await asyncio.gather(start, stop, return_exceptions=True)
+
+    async def _start_engine(self) -> None:
+        progress = _StartupLog(self._state)
+        model = await _in_thread(lambda: _load(self._config.engine, progress))
+        defaults = sampling_defaults(model.tokenizer, self._config.engine.model)
+        client = ProcessClient(
+            self._config.engine,
+            on_progress=progress,
+            runner_factory=self._runner_factory,
+            log_level=self._config.server.log_level,
+        )
+        engine = AsyncEngine(client, model.tokenizer, model.name)
+        self._engine = engine
+        await engine.start()
+        self._state.attach(engine, sampling_defaults=defaults)
+        progress.end()
+
+    async def _drain(self) -> None:
+        """Running requests get --shutdown-timeout to end, or until the next signal."""
+        hurry = asyncio.create_task(self._hurry.wait())
+        idle = asyncio.create_task(self._state.wait_idle())
+        timeout_s = self._config.server.shutdown_timeout
+        await asyncio.wait({hurry, idle}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in (hurry, idle):
+            task.cancel()
+        await asyncio.gather(hurry, idle, return_exceptions=True)
+
+
+def _load(config: EngineConfig, progress: "_StartupLog") -> LoadedModel:
+    progress("locate model", 0, 0)
+    return load_model_tokenizer(config, progress)
+
+
+class _StartupLog:
+    """Start-up phases: what /ready says, and log lines with seconds. Callable from any thread."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._phase: str | None = None
+        self._began_s = self._phase_began_s = self._told_s = time.monotonic()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        shown = f"{phase} {done}/{total}" if total else phase
+        self._state.phase = shown
+        if phase != self._phase:
+            self._end_phase(now_s)
+            self._phase, self._phase_began_s, self._told_s = phase, now_s, now_s
+            logger.info("%s ...", phase)
+        elif now_s - self._told_s > _PROGRESS_EVERY_S:
+            self._told_s = now_s
+            logger.info("%s", shown)
+
+    def _end_phase(self, now_s: float) -> None:
+        if self._phase is not None:
+            logger.info("%s took %.1f s", self._phase, now_s - self._phase_began_s)
+
+    def end(self) -> None:
+        now_s = time.monotonic()
+        self._end_phase(now_s)
+        logger.info("start-up took %.1f s", now_s - self._began_s)
+
+
+async def _in_thread(work: Callable[[], _T]) -> _T:
+    """`work` in a daemon thread: unlike a pool's, it does not hold up the exit (a download may)."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[_T] = loop.create_future()
+
+    def settle(outcome: Callable[[], None]) -> None:
+        if not done.done():
+            outcome()
+
+    def call() -> None:
+        try:
+            value = work()
+        except Exception as error:  # noqa: BLE001 - raised again by the awaiting task
+            failure = error
+            outcome = lambda: done.set_exception(failure)
+        else:
+            outcome = lambda: done.set_result(value)
+        with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits any more
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=call, name="load", daemon=True).start()
+    return await done

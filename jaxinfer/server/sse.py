@@ -1,0 +1,94 @@
+"""Server-sent events: how a stream begins, goes on, fails and ends.
+
+Nothing is sent before the first output, so whatever is refused is refused with its own status;
+after that an error is a `data: {"error": ...}` frame and the end, without `[DONE]`.
+Knows frames and connections; not what is in the frames.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import msgspec
+from aiohttp import web
+
+from jaxinfer.errors import JaxInferError
+from jaxinfer.logging import get_logger
+from jaxinfer.server.errors import ApiError, api_error
+from jaxinfer.server.generation import PromptOutput
+
+logger = get_logger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # proxies must not hold frames back
+}
+_encoder = msgspec.json.Encoder()
+
+
+class Frames(Protocol):
+    """Turns outputs into frames, in order."""
+
+    def begin(self) -> bytes: ...
+
+    def frames(self, item: PromptOutput) -> bytes:
+        """May be empty. Raises ApiError for an output that is a failure."""
+        ...
+
+    def end(self) -> bytes: ...
+
+
+def frame(value: Any) -> bytes:
+    return b"data: " + _encoder.encode(value) + b"\n\n"
+
+
+def text_json(text: str) -> bytes:
+    return _encoder.encode(text)
+
+
+class TextFrames:
+    """Frames that differ in a text only: all else is encoded once per choice.
+
+    `example` must be the JSON of a frame whose text is `PLACEHOLDER`.
+    """
+
+    PLACEHOLDER = "\ue000text\ue000"  # private use: in no name that a client or model can have
+
+    def __init__(self, example: Any) -> None:
+        self._head, _, self._tail = frame(example).partition(text_json(self.PLACEHOLDER))
+
+    def frame(self, text: str) -> bytes:
+        return b"".join((self._head, _encoder.encode(text), self._tail))
+
+
+async def stream(
+    request: web.Request,
+    outputs: AsyncGenerator[PromptOutput, None],
+    frames: Frames,
+    headers: dict[str, str],
+) -> web.StreamResponse:
+    """Sends `outputs` as they come. Closing, by error or by the client, closes `outputs`."""
+    async with aclosing(outputs):
+        first = await anext(outputs)
+        pending = frames.begin() + frames.frames(first)
+        response = web.StreamResponse(headers={**_HEADERS, **headers})
+        await response.prepare(request)
+        await response.write(pending)
+        try:
+            async for item in outputs:
+                pending = frames.frames(item)
+                if pending:
+                    await response.write(pending)
+            await response.write(frames.end())
+        except JaxInferError as error:
+            await response.write(frame(api_error(error).envelope()))
+        except ConnectionError:
+            raise
+        except Exception:
+            # The status is sent: the client must learn of it here, and the log must have the cause.
+            logger.exception("a stream broke")
+            await response.write(frame(ApiError(500, "Internal error.").envelope()))
+        await response.write_eof()
+        return response

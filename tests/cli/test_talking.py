@@ -1,0 +1,49 @@
+"""`generate` and `chat` with the real model, as a user runs them: processes, pipes, exit codes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.model
+
+SMALL = ["--max-model-len", "256", "--max-num-seqs", "2", "--max-num-batched-tokens", "64"]
+
+
+def run_jaxinfer(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jaxinfer.cli.main", *argv, *SMALL]
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=240)
+
+
+def test_generate_completes_a_prompt(smollm2_gguf: Path):
+    argv = ["-p", "The capital of France is", "--temperature", "0", "--max-tokens", "8"]
+    result = run_jaxinfer("generate", str(smollm2_gguf), *argv)
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+
+
+def test_generate_takes_stdin_and_refuses_a_bad_value(smollm2_gguf: Path):
+    result = run_jaxinfer("generate", str(smollm2_gguf), "--temperature", "-1", stdin="Hello")
+    assert result.returncode == 1
+    assert "temperature" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_chat_answers_each_line_and_survives_a_line_that_is_too_long(smollm2_gguf: Path):
+    lines = [
+        "What is the capital of France?",
+        "long " * 400,  # above the context: refused, and the conversation goes on
+        "/reset",
+        "/nonsense",
+        "What is the capital of Italy?",
+        "/exit",
+        "never read",
+    ]
+    argv = ["--temperature", "0", "--max-tokens", "24"]
+    result = run_jaxinfer("chat", str(smollm2_gguf), *argv, stdin="\n".join(lines))
+    assert result.returncode == 0, result.stderr
+    assert "Paris" in result.stdout
+    assert "Rome" in result.stdout
+    assert "maximum context length" in result.stderr
+    assert "Unknown command /nonsense" in result.stderr

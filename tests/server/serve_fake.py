@@ -1,0 +1,36 @@
+"""A server process for the tests: the real one, with a device that needs no accelerator.
+
+    python -m tests.server.serve_fake MODEL_DIR FACTORY SHUTDOWN_TIMEOUT_S
+"""
+
+import sys
+
+from jaxinfer.config.schema import (
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    ServeConfig,
+    ServerConfig,
+)
+from jaxinfer.logging import configure_logging
+from jaxinfer.server.run import run_server
+
+
+def main(model: str, factory: str, shutdown_timeout: str) -> None:
+    configure_logging("info", process="server")
+    engine = EngineConfig(
+        model=ModelConfig(model=model, max_model_len=2000),
+        cache=CacheConfig(num_gpu_blocks_override=1000),
+        scheduler=SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64),
+    )
+    server = ServerConfig(port=0, shutdown_timeout=float(shutdown_timeout))
+    run_server(
+        ServeConfig(engine=engine, server=server),
+        runner_factory=f"tests.engine.fake_runner:{factory}",
+    )
+    assert "jax" not in sys.modules, "the HTTP process must never import jax"
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
