@@ -4,8 +4,8 @@ The device is data (a platform name), never looked up here, so that programs can
 devices that are not there.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -14,20 +14,18 @@ from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.api import PagedAttention, PlanAttention
 
 
-class StorageDtype(Protocol):
-    """Dtype of the page arrays that hold values of a dtype."""
-
-    def __call__(self, dtype: DTypeLike) -> jnp.dtype: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class KernelSet:
     """One function per op; handed to the layers when they are built."""
 
     plan_attention: PlanAttention
     paged_attention: PagedAttention
-    kv_storage_dtype: StorageDtype
+    kv_storage_dtype: Callable[[DTypeLike], jnp.dtype]  # of page arrays that hold a dtype
     reasons: tuple[str, ...]  # one line an op: what was chosen and why
+
+
+def _as_it_is(dtype: DTypeLike) -> jnp.dtype:
+    return jnp.dtype(dtype)
 
 
 def choose_kernels(*, platform: str) -> KernelSet:
@@ -35,6 +33,6 @@ def choose_kernels(*, platform: str) -> KernelSet:
     return KernelSet(
         plan_attention=xla.plan,
         paged_attention=xla.paged_attention,
-        kv_storage_dtype=xla.storage_dtype if platform == "cpu" else jnp.dtype,
+        kv_storage_dtype=xla.storage_dtype if platform == "cpu" else _as_it_is,
         reasons=(f"paged_attention: XLA ops, the only implementation for {platform} so far",),
     )

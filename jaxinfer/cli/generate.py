@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxinfer.cli.parser import Parser
-from jaxinfer.cli.sampling_flags import add_sampling_flags, sampling_params
+from jaxinfer.cli.sampling_flags import add_sampling_flags, check_sampling_flags, sampling_params
 from jaxinfer.cli.session import Session
 from jaxinfer.config.load import add_flags, config_from_args
 from jaxinfer.config.schema import EngineConfig
@@ -21,7 +21,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--chat", action="store_true", help="take the prompt as a user's message to a chat model"
     )
-    parser.add_argument("--log-level", default="warning", help="least level logged")
+    parser.add_log_level("warning")
     add_sampling_flags(parser, max_tokens=_DEFAULT_MAX_TOKENS)
     add_flags(parser, EngineConfig, model_argument=True)
     return parser
@@ -49,6 +49,7 @@ def run(argv: Sequence[str]) -> int:
     args = _parser().parse(argv)
     config = config_from_args(args, EngineConfig)
     text = _prompt_text(args.prompt)
+    check_sampling_flags(args, config.model)
     configure_logging(args.log_level)
     with Session(config, log_level=args.log_level) as session:
         params = sampling_params(args, config.model, session.tokenizer)

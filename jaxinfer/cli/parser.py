@@ -23,6 +23,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         self.add_argument("--debug", action="store_true", help="show where an error comes from")
 
+    def add_log_level(self, default: str) -> None:
+        """--log-level, for commands whose configuration has none."""
+        levels = ["debug", "info", "warning", "error"]
+        self.add_argument(
+            "--log-level", choices=levels, default=default, help=f"least level logged ({default})"
+        )
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
 

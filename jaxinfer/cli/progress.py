@@ -44,6 +44,11 @@ class PhaseReporter:
             self._stream.write(f"\r\x1b[K{phase}{_amount(done, total)}")
             self._stream.flush()
 
+    def show_on_terminal(self, phase: str, done: int, total: int) -> None:
+        """The same without the log lines: for phases that someone else logs."""
+        if self._is_terminal:
+            self(phase, done, total)
+
     def _end_phase(self, now_s: float) -> None:
         if not self._phase:
             return

@@ -30,19 +30,27 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, max_tokens: int | Non
     group.add_argument("--ignore-eos", action="store_true", help="go on after the end")
 
 
+def _given(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
+    given = vars(args)
+    values = {name: given[name] for name, _, _ in _FLAGS if given[name] is not None}
+    if "setting_seed" in given:  # only when --seed was written: its default must not fix a chat
+        values["seed"] = model.seed
+    return values | {
+        "max_tokens": args.max_tokens,
+        "stop": args.stop,
+        "ignore_eos": args.ignore_eos,
+    }
+
+
+def check_sampling_flags(args: argparse.Namespace, model: ModelConfig) -> None:
+    """Raises RequestError for a value out of range, before an engine is started for it."""
+    SamplingParams(**_given(args, model))
+
+
 def sampling_params(
     args: argparse.Namespace, model: ModelConfig, tokenizer: Tokenizer
 ) -> SamplingParams:
-    """The flags over the model's defaults; raises RequestError for values out of range."""
+    """The flags over the model's defaults."""
     defaults = sampling_defaults(tokenizer, model)
-    given = vars(args)
-    values: dict[str, Any] = {}
-    for name, _, _ in _FLAGS:
-        value = given[name] if given[name] is not None else defaults.get(name)
-        if value is not None:
-            values[name] = value
-    if "setting_seed" in given:  # only when --seed was written: its default must not fix a chat
-        values["seed"] = model.seed
-    return SamplingParams(
-        max_tokens=args.max_tokens, stop=args.stop, ignore_eos=args.ignore_eos, **values
-    )
+    values = {name: defaults[name] for name, _, _ in _FLAGS if name in defaults}
+    return SamplingParams(**(values | _given(args, model)))

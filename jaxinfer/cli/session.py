@@ -59,7 +59,10 @@ class Session:
 
     async def _start(self, model: LoadedModel, report: PhaseReporter) -> None:
         # A client belongs to the event loop it is made on.
-        client = ProcessClient(self._config, on_progress=report, log_level=self._log_level)
+        # Off a terminal the core's phases stand in its own log already.
+        client = ProcessClient(
+            self._config, on_progress=report.show_on_terminal, log_level=self._log_level
+        )
         self._engine = AsyncEngine(client, model.tokenizer, model.name)
         await self._engine.start()
 

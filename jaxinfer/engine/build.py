@@ -14,7 +14,7 @@ from jaxinfer.core.sampling_params import MAX_LOGPROBS
 from jaxinfer.engine.core import EngineCore, Runner
 from jaxinfer.scheduler.scheduler import Scheduler, SchedulerLimits
 
-DEFAULT_RUNNER_FACTORY = "jaxinfer.runner.runner:build_runner"
+DEFAULT_RUNNER_FACTORY = "jaxinfer.runner.build:build_runner"
 
 ProgressCallback = Callable[[str, int, int], None]
 """(phase, done, total): where a start-up is; total 0 means unknown."""

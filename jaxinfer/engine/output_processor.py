@@ -126,8 +126,8 @@ class OutputProcessor:
                 self._report_tokens(state, index, len(news.new_token_ids), now_s, is_first=is_first)
             if state.sequences[index].is_finished:
                 del self._sequences[news.request_id]
-            if state.is_finished:
-                self._close(state)
+                if state.is_finished:
+                    self._close(state)
             changed[id(state)] = state
         return Processed(list(changed.values()), aborts)
 

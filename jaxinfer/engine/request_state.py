@@ -103,8 +103,9 @@ class RequestState:
             self._add_prompt_logprobs(update)
         if update.error is not None:
             logger.error("request %s ended with an error: %s", self.request_id, update.error)
-        stop_core = self.sequences[index].add(update)
-        if self.is_finished:
+        sequence = self.sequences[index]
+        stop_core = sequence.add(update)
+        if sequence.is_finished and self.is_finished:
             self.metrics.finished_time_s = now_s
         return stop_core
 

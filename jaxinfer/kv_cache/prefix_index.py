@@ -32,9 +32,6 @@ class PrefixIndex:
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
-    def __len__(self) -> int:
-        return len(self._page_of)
-
     def find(self, digest: bytes) -> int | None:
         return self._page_of.get(digest)
 

@@ -15,7 +15,7 @@ from jaxinfer.layers.einsum import Einsum
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rope import RopeAngles, apply_rope
 from jaxinfer.parallel.rules import spec_of
-from pallas_kernels.paged_attention.api import AttentionSpec
+from pallas_kernels.paged_attention.api import AttentionBatch, AttentionSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,9 @@ class Attention(nnx.Module):
         """The op on each device's own heads: kernels never see the mesh."""
         spec = AttentionSpec(scale=self.config.scale, window=self.config.window)
 
-        def local(q: Array, k: Array, v: Array, pages: Array, metadata: object) -> tuple:
+        def local(
+            q: Array, k: Array, v: Array, pages: Array, metadata: AttentionBatch
+        ) -> tuple[Array, Array]:
             return self.paged_attention(q, k, v, pages, metadata, spec)
 
         pages_spec = spec_of("PKBC")

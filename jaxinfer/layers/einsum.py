@@ -26,21 +26,33 @@ def weight(context: LayerContext, letters: str, **dims: int) -> nnx.Param:
 class Einsum(nnx.Module):
     """`Einsum(context, "TD,DUF->TUF", D=576, U=2, F=1536)`: one projection, optionally biased.
 
-    The first operand is the activation, the second the weight. When a contracted dimension is
-    split over the mesh, the output's sharding constraint is what makes XLA add the parts up.
+    The first operand is the activation, the second the weight; the contracted dimensions are the
+    activation's last and the weight's first, in the same order. When one of them is split over
+    the mesh, the output's sharding constraint is what makes XLA add the parts up.
     """
 
     def __init__(
         self, context: LayerContext, equation: str, *, bias: str | None = None, **dims: int
     ) -> None:
         operands, out = equation.split("->")
-        self.equation = equation
-        self.kernel = weight(context, operands.split(",")[1], **dims)
+        x, kernel = operands.split(",")
+        contracted = [letter for letter in kernel if letter in x]
+        num = len(contracted)
+        if x[-num:] != kernel[:num] or out != x[:-num] + kernel[num:]:
+            raise ValueError(f"{equation!r} must contract the last of x with the first of kernel")
+        self.contracted = (tuple(range(len(x) - num, len(x))), tuple(range(num)))
+        self.kernel = weight(context, kernel, **dims)
         self.bias = weight(context, bias, **dims) if bias else None
         self.out_sharding = sharding_of(context.mesh, out)
 
     def __call__(self, x: Array) -> Array:
-        out = jnp.einsum(self.equation, x, self.kernel.get_value(), preferred_element_type=x.dtype)
+        # Not jnp.einsum: it may contract in another order, and then XLA transposes the weight.
+        out = jax.lax.dot_general(
+            x,
+            self.kernel.get_value(),
+            (self.contracted, ((), ())),
+            preferred_element_type=x.dtype,
+        )
         out = jax.lax.with_sharding_constraint(out, self.out_sharding)
         if self.bias is not None:
             out = out + self.bias.get_value()

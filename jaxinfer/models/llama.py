@@ -95,7 +95,8 @@ class Llama(nnx.Module):
     def __call__(
         self, token_ids_T: Array, pages_L: tuple[Array, ...], batch: StepBatch
     ) -> tuple[Array, tuple[Array, ...]]:
-        angles = rope_angles(batch.positions_T, self.config.rope)
+        # Behind a barrier, or XLA computes the sines again in every layer.
+        angles = jax.lax.optimization_barrier(rope_angles(batch.positions_T, self.config.rope))
         x_TD = self.embedding(token_ids_T) * self.config.embedding_multiplier
         new_pages_L = []
         for layer, pages_PKBC in zip(self.layers, pages_L, strict=True):

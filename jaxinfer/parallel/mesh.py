@@ -5,8 +5,8 @@ Axes: `data` (replicas and attention data parallelism), `pipe` (stages of layers
 """
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
-import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -15,7 +15,17 @@ from jaxinfer.errors import ConfigError
 AXES = ("data", "pipe", "expert", "tensor")
 
 
-def make_mesh(*, tensor: int, devices: Sequence[jax.Device]) -> Mesh:
+class Device(Protocol):
+    """What the engine asks of a `jax.Device` (which type checkers do not accept as a type)."""
+
+    @property
+    def platform(self) -> str: ...
+    @property
+    def device_kind(self) -> str: ...
+    def memory_stats(self) -> dict[str, Any]: ...
+
+
+def make_mesh(*, tensor: int, devices: Sequence[Device]) -> Mesh:
     """A mesh over the first `tensor` devices.
 
     Raises ConfigError when there are fewer devices than asked for.

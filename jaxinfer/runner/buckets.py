@@ -34,24 +34,35 @@ def _powers(first: int, last: int, *, factor: int) -> list[int]:
     return [*sizes, last]
 
 
+@dataclass(frozen=True, kw_only=True)
+class BucketRule:
+    """How far apart the buckets of a platform are."""
+
+    smallest_decode: int  # the least number of rows that the platform multiplies well
+    decode_factor: int  # from one decode bucket to the next
+    token_factor: int  # from one mixed bucket to the next
+
+
 def make_buckets(
-    limits: EngineLimits, *, smallest_decode: int, token_buckets: Sequence[int] = ()
+    limits: EngineLimits, rule: BucketRule, *, token_buckets: Sequence[int] = ()
 ) -> tuple[Bucket, ...]:
-    """Decode buckets in powers of two, mixed buckets in powers of four, smallest first.
+    """Decode buckets, then mixed buckets, each kind smallest first.
 
-    `smallest_decode` is the least number of rows that the platform multiplies well.
-    `token_buckets` replaces the token counts of the mixed buckets; the largest step must fit.
-
-    Raises ConfigError when it does not.
+    `token_buckets` replaces the token counts of the mixed buckets; `max_num_batched_tokens` is
+    always one of them. Raises ConfigError for a larger one.
     """
     most_seqs, most_tokens = limits.max_num_seqs, limits.max_num_batched_tokens
-    decode_sizes = _powers(min(smallest_decode, most_seqs), most_seqs, factor=2)
-    if token_buckets and max(token_buckets) != most_tokens:
+    if max(token_buckets, default=0) > most_tokens:
         raise ConfigError(
-            f"the largest of --token-buckets {sorted(token_buckets)} must be "
-            f"--max-num-batched-tokens={most_tokens}."
+            f"--token-buckets holds {max(token_buckets)}, but a step never has more than "
+            f"--max-num-batched-tokens={most_tokens}: raise that, or leave the bucket out."
         )
-    token_sizes = sorted(token_buckets) or _powers(min(16, most_tokens), most_tokens, factor=4)
+    decode_sizes = _powers(
+        min(rule.smallest_decode, most_seqs), most_seqs, factor=rule.decode_factor
+    )
+    token_sizes = _powers(min(16, most_tokens), most_tokens, factor=rule.token_factor)
+    if token_buckets:
+        token_sizes = sorted({*token_buckets, most_tokens})
     decodes = [Bucket(num_tokens=size, num_seqs=size, decode_only=True) for size in decode_sizes]
     mixed = [
         Bucket(num_tokens=size, num_seqs=min(size, most_seqs), decode_only=False)

@@ -22,9 +22,9 @@ from jaxinfer.layers.batch_types import LayerContext
 from jaxinfer.logging import get_logger, log_phase
 from jaxinfer.models.base import ModelDef
 from jaxinfer.models.registry import define_model
-from jaxinfer.parallel.mesh import make_mesh
+from jaxinfer.parallel.mesh import Device, make_mesh
 from jaxinfer.parallel.rules import replicated, sharding_of
-from jaxinfer.runner.buckets import Bucket, make_buckets
+from jaxinfer.runner.buckets import Bucket, BucketRule, make_buckets
 from jaxinfer.runner.compiler import CompileCounter, Program, compile_all, enable_persistent_cache
 from jaxinfer.runner.memory import (
     MemoryNeeds,
@@ -35,7 +35,7 @@ from jaxinfer.runner.memory import (
     with_measured_temp,
 )
 from jaxinfer.runner.packing import num_words
-from jaxinfer.runner.runner import DeviceArrays, Programs, Runner
+from jaxinfer.runner.runner import DeviceArrays, Programs, Runner, Vocabulary
 from jaxinfer.runner.step_fn import DeviceState, StepModel, make_step
 from jaxinfer.sampling.state import SlotRow, init_state, slot_row, write_slot
 from jaxinfer.tokenizer.tokenizer import load_tokenizer
@@ -111,8 +111,7 @@ def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCal
         mesh=mesh,
         programs=programs,
         arrays=arrays,
-        vocab_size=definition.shape.vocab_size,
-        eos_token_ids=_eos_token_ids(config, reader),
+        vocabulary=Vocabulary(definition.shape.vocab_size, _eos_token_ids(config, reader)),
         counter=counter,
     )
 
@@ -153,11 +152,11 @@ def make_abstract(
     )
 
 
-def _platform(device: jax.Device) -> str:
-    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+def _platform(device: Device) -> str:
+    return "gpu" if device.platform in ("cuda", "rocm") else device.platform
 
 
-def _resolve(config: EngineConfig, definition: ModelDef, devices: list[jax.Device]) -> EngineConfig:
+def _resolve(config: EngineConfig, definition: ModelDef, devices: list[Device]) -> EngineConfig:
     shape = definition.shape
     platform = _platform(devices[0])
     resolution = resolve(
@@ -176,7 +175,7 @@ def _resolve(config: EngineConfig, definition: ModelDef, devices: list[jax.Devic
     return resolution.config
 
 
-def _device_bytes(device: jax.Device, platform: str, num_devices: int) -> int:
+def _device_bytes(device: Device, platform: str, num_devices: int) -> int:
     """Memory of one device; virtual CPU devices share the machine's."""
     if platform == "cpu":
         return available_cpu_bytes() // num_devices
@@ -293,14 +292,10 @@ def _compile(
         page_size=limits.page_size,
         num_pages=limits.num_pages,
     )
-    buckets = make_buckets(
-        limits,
-        smallest_decode=_smallest_decode(config),
-        token_buckets=config.compile.token_buckets,
-    )
+    buckets = make_buckets(limits, _bucket_rule(config), token_buckets=config.compile.token_buckets)
     programs = {
         str(bucket): _step_program(step_model, bucket, arrays, limits) for bucket in buckets
-    } | _slot_programs(model, arrays, limits)
+    } | _slot_programs(model, arrays)
     compiled = compile_all(
         programs,
         num_workers=config.compile.num_compile_workers,
@@ -322,10 +317,15 @@ def _temp_bytes(step: jax.stages.Compiled) -> int:
     return int(analysis.temp_size_in_bytes) if analysis is not None else 0
 
 
-def _smallest_decode(config: EngineConfig) -> int:
-    """XLA:CPU multiplies fewer than 4 rows of 16-bit floats one number at a time."""
-    slow = config.compile.device == "cpu" and config.model.dtype != "float32"
-    return 4 if slow else 1
+def _bucket_rule(config: EngineConfig) -> BucketRule:
+    """A CPU compiles slowly and multiplies more rows at nearly the same price: few buckets.
+
+    XLA:CPU multiplies fewer than 4 rows of 16-bit floats one number at a time.
+    """
+    if config.compile.device != "cpu":
+        return BucketRule(smallest_decode=1, decode_factor=2, token_factor=4)
+    smallest = 1 if config.model.dtype == "float32" else 4
+    return BucketRule(smallest_decode=smallest, decode_factor=4, token_factor=4)
 
 
 def _step_program(
@@ -342,9 +342,7 @@ def _step_program(
     )
 
 
-def _slot_programs(
-    model: AbstractModel, arrays: _AbstractArrays, limits: EngineLimits
-) -> dict[str, Program]:
+def _slot_programs(model: AbstractModel, arrays: _AbstractArrays) -> dict[str, Program]:
     """The two small programs that write a slot's row ahead of a step."""
     whole = replicated(model.mesh)
 

@@ -64,8 +64,8 @@ class CompileCounter:
         self._count_at_ready = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration_s: float, **_: object) -> None:
-        del duration_s
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
         if event == _BACKEND_COMPILE_EVENT:
             with self._lock:
                 self._count += 1

@@ -157,7 +157,7 @@ def estimate_temp_bytes(
 
 
 def available_cpu_bytes() -> int:
-    """Memory that a process may take now: the kernel's figure, or what a container's limit leaves."""
+    """Memory that may be taken now: the kernel's figure, or what a container's limit leaves."""
     limits = [_meminfo_available()]
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file():

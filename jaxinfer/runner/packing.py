@@ -7,7 +7,7 @@ Letters: T tokens, S sequences, U page updates, W sampling words.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax import Array
@@ -71,8 +71,8 @@ def num_words(bucket: Bucket, page_size: int) -> int:
     return sum(_sections(bucket, page_size).values())
 
 
-def _split(words: np.ndarray | Array, bucket: Bucket, page_size: int) -> dict[str, np.ndarray]:
-    """Views of the row's sections."""
+def _split(words: Any, bucket: Bucket, page_size: int) -> dict[str, Any]:
+    """Views of the sections of a row, a numpy or a JAX array."""
     views, start = {}, 0
     for name, length in _sections(bucket, page_size).items():
         views[name] = words[start : start + length]

@@ -6,7 +6,7 @@ what it must remember of a sequence, it keeps by slot.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -52,6 +52,13 @@ class DeviceArrays(NamedTuple):
     state: DeviceState
 
 
+class Vocabulary(NamedTuple):
+    """What the engine must know of the tokens."""
+
+    size: int
+    eos_token_ids: tuple[int, ...]
+
+
 class _Slot(NamedTuple):
     """What the host remembers of the sequence in a slot."""
 
@@ -71,15 +78,14 @@ class Runner:
         mesh: Mesh,
         programs: Programs,
         arrays: DeviceArrays,
-        vocab_size: int,
-        eos_token_ids: tuple[int, ...],
+        vocabulary: Vocabulary,
         counter: CompileCounter,
     ) -> None:
         self.config = config
         self.limits = limits
         self.memory = memory
-        self.vocab_size = vocab_size
-        self.eos_token_ids = eos_token_ids
+        self.vocab_size = vocabulary.size
+        self.eos_token_ids = vocabulary.eos_token_ids
         self.dtype = config.model.dtype
         self.device_name = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
         self._programs = programs
@@ -125,7 +131,7 @@ class Runner:
         for array in jax.tree.leaves((self._weights, self._pages_L, self._state)):
             array.delete()
 
-    def _put(self, array: np.ndarray) -> Array:
+    def _put(self, array: np.ndarray | np.generic) -> Array:
         return jax.device_put(array, self._on_every_device)
 
     def _admit(self, seq: ScheduledSeq) -> None:
@@ -186,22 +192,17 @@ class Runner:
                 self._state, self._put(np.int32(seq.slot)), self._put(row_M)
             )
             num_new -= len(seq.new_pages)
-            remaining[index] = _without_pages(seq)
+            remaining[index] = replace(seq, new_pages=())
         return remaining
 
 
-def _without_pages(seq: ScheduledSeq) -> ScheduledSeq:
-    return ScheduledSeq(
-        request_id=seq.request_id,
-        slot=seq.slot,
-        start=seq.start,
-        token_ids=seq.token_ids,
-        samples=seq.samples,
-        output_index=seq.output_index,
-        first_new_page=0,
-        new_pages=(),
-        admission=seq.admission,
-    )
+class _HostLogprobs(NamedTuple):
+    """`Logprobs` as numpy arrays."""
+
+    token_logprob_N: np.ndarray
+    rank_N: np.ndarray
+    top_ids_NK: np.ndarray
+    top_logprobs_NK: np.ndarray
 
 
 class PendingStep:
@@ -244,7 +245,7 @@ class PendingStep:
         return StepOutput(step_id=self._step.step_id, seqs=outputs)
 
     def _prompt_rows(
-        self, logprobs: Logprobs | None, index: int, first_token: int
+        self, logprobs: _HostLogprobs | None, index: int, first_token: int
     ) -> list[TokenLogprobs]:
         chunk, seq = self._prompts[index], self._step.seqs[index]
         if chunk is None or logprobs is None:
@@ -254,12 +255,12 @@ class PendingStep:
         return _rows(logprobs, positions, targets, chunk.num_logprobs)
 
 
-def _to_host(logprobs: Logprobs | None) -> Logprobs | None:
-    return None if logprobs is None else Logprobs(*(np.asarray(leaf) for leaf in logprobs))
+def _to_host(logprobs: Logprobs | None) -> _HostLogprobs | None:
+    return None if logprobs is None else _HostLogprobs(*map(np.asarray, logprobs))
 
 
 def _rows(
-    logprobs: Logprobs | None,
+    logprobs: _HostLogprobs | None,
     positions: Sequence[int],
     tokens: Sequence[int],
     num_wanted: int | None,

@@ -90,10 +90,8 @@ def _json(body: dict[str, Any], headers: dict[str, str]) -> web.Response:
 def begin_answer(
     request: web.Request, body: GenerateRequest, *, model: str, prefix: str, ignored: list[str]
 ) -> Answer:
-    """`ignored` are fields without effect; a priority among equals is one of them."""
+    """`ignored` are the names of fields without effect."""
     serving = request.app[STATE].serving
-    if body.priority and serving.info.scheduling_policy != "priority":
-        ignored = [*ignored, "priority"]
     suffix = shapes.request_suffix(body.request_id) if body.request_id else request[REQUEST_ID]
     summary = Summary()
     request[SUMMARY] = summary

@@ -29,7 +29,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     refuse_unsupported(body)
     check_common(body)
     sampling = chat_sampling(body, serving.sampling_defaults)
-    text = await _render(serving, body, parsed.raw, num_bytes=request.content_length or 0)
+    text = await _render(serving, body, parsed.raw, num_bytes=request.content_length)
     prompt = await prepare(
         serving,
         text,
@@ -64,7 +64,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 
 async def _render(
-    serving: Serving, body: ChatCompletionRequest, raw: dict[str, Any], *, num_bytes: int
+    serving: Serving, body: ChatCompletionRequest, raw: dict[str, Any], *, num_bytes: int | None
 ) -> str:
     conversation = messages.conversation(body.messages, raw["messages"])
     kwargs = dict(body.chat_template_kwargs or {})
@@ -89,7 +89,8 @@ async def _render(
             template_kwargs=kwargs,
         )
 
-    return await asyncio.to_thread(work) if num_bytes > _LONG_CHAT_BYTES else work()
+    is_short = num_bytes is not None and num_bytes <= _LONG_CHAT_BYTES
+    return work() if is_short else await asyncio.to_thread(work)
 
 
 class _Chat:

@@ -6,6 +6,7 @@ name, so that nothing a client asks for is dropped in silence. null means "not g
 Knows nothing of engines, tokenizers or HTTP.
 """
 
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -181,16 +182,20 @@ _REFUSED_WHEN_GIVEN = {
     "audio": "audio",
     "web_search_options": "web search",
 }
-_ASKS_FOR_NOTHING: tuple[Any, ...] = (None, False, [], {}, "")
+_ASKS_FOR_NOTHING: tuple[Any, ...] = (False, [], {}, "")
+
+
+@cache
+def _refused_fields(struct: type[GenerateRequest]) -> tuple[str, ...]:
+    return tuple(name for name in struct.__struct_fields__ if name in _REFUSED_WHEN_GIVEN)
 
 
 def refuse_unsupported(request: GenerateRequest) -> None:
     """Raises RequestError, naming the field, for what this version cannot do."""
-    for name in request.__struct_fields__:
-        feature = _REFUSED_WHEN_GIVEN.get(name)
-        value = getattr(request, name) if feature else None
-        if feature and value not in _ASKS_FOR_NOTHING:
-            raise _unsupported(name, value, feature)
+    for name in _refused_fields(type(request)):
+        value = getattr(request, name)
+        if value is not None and value not in _ASKS_FOR_NOTHING:
+            raise _unsupported(name, value, _REFUSED_WHEN_GIVEN[name])
     _refuse_response_format(request.response_format)
     if request.best_of not in (None, request.n or 1):
         raise RequestError(

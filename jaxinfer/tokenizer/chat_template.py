@@ -37,7 +37,7 @@ _TEMPLATE_FAULTS = (
 class _GenerationTag(Extension):
     """`{% generation %}...{% endgeneration %}`: marks text for training, here just its body."""
 
-    tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)

@@ -8,6 +8,7 @@ import pytest
 
 from jaxinfer.cli.bench import PEERS, Workload, _random_prompts, _row
 from jaxinfer.cli.main import main
+from tests.cli.small_engine import SMALL_ENGINE
 
 
 def test_prompts_are_those_other_engines_get():
@@ -37,9 +38,8 @@ def test_peers_list():
 @pytest.mark.model
 def test_a_small_run(smollm2_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "rows.jsonl"
-    argv = ["bench", "throughput", str(smollm2_gguf), "--num-prompts", "2", "--input-len", "8"]
-    argv += ["--output-len", "4", "--max-model-len", "64", "--max-num-seqs", "4"]
-    argv += ["--max-num-batched-tokens", "32", "--num-gpu-blocks-override", "32"]
+    argv = ["bench", "throughput", str(smollm2_gguf), *SMALL_ENGINE]
+    argv += ["--num-prompts", "2", "--input-len", "8", "--output-len", "4"]
     assert main([*argv, "--json", str(out)]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 1

@@ -1,5 +1,8 @@
 """A byte tokenizer (token id = byte), small configurations, engines over the fake device."""
 
+import asyncio
+import itertools
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -23,6 +26,16 @@ def _byte_characters() -> list[str]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+
+
+async def until(condition: Callable[[], bool], *, timeout_s: float = 5.0) -> None:
+    """Returns when the condition holds."""
+    deadline_s = time.monotonic() + timeout_s
+    for _ in itertools.count():
+        if condition():
+            return
+        assert time.monotonic() < deadline_s, "it never came true"
+        await asyncio.sleep(0.005)
 
 
 @pytest.fixture(scope="session")

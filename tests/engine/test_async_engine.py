@@ -9,7 +9,7 @@ import pytest
 from jaxinfer import AsyncEngine, RequestOutput, SamplingParams
 from jaxinfer.engine.request_state import FinishedEvent, OutputKind, TokensEvent
 from jaxinfer.errors import EngineDeadError, QueueFullError, RequestError
-from tests.engine.conftest import EngineMaker
+from tests.engine.conftest import EngineMaker, until
 from tests.engine.fake_runner import EOS, expected_output
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -31,9 +31,9 @@ async def collect(
 
 async def idle(engine: AsyncEngine) -> None:
     """Returns when the core holds nothing any more."""
-    async with asyncio.timeout(5):
-        while engine.stats.num_running or engine.stats.num_waiting or engine.num_inflight:
-            await asyncio.sleep(0.005)
+    await until(
+        lambda: not (engine.stats.num_running or engine.stats.num_waiting or engine.num_inflight)
+    )
 
 
 def text_of(tokens: list[int]) -> str:
@@ -69,7 +69,7 @@ async def test_delta_cumulative_and_final_agree(running_engine: EngineMaker) -> 
 
 
 async def test_a_slow_consumer_gets_everything_in_few_pieces(running_engine: EngineMaker) -> None:
-    async with running_engine() as engine:
+    async with running_engine("build_slow") as engine:
         outputs: list[RequestOutput] = []
         stream = engine.generate("hello", GREEDY, request_id="r", output_kind="delta")
         async with aclosing(stream):
@@ -116,8 +116,7 @@ async def test_closing_the_iterator_aborts(running_engine: EngineMaker) -> None:
 async def test_cancelling_the_consumer_aborts(running_engine: EngineMaker) -> None:
     async with running_engine("build_slow") as engine:
         task = asyncio.create_task(collect(engine, "hello", GREEDY))
-        while not engine.stats.num_running:
-            await asyncio.sleep(0.005)
+        await until(lambda: engine.stats.num_running > 0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -166,9 +165,8 @@ async def test_bad_requests_do_nothing_and_the_next_one_works(running_engine: En
 async def test_a_full_queue_is_an_error_before_any_output(running_engine: EngineMaker) -> None:
     async with running_engine("build_slow", max_num_seqs=1, max_num_queued_reqs=1) as engine:
         running = asyncio.create_task(collect(engine, "running", GREEDY))
-        while not engine.stats.num_running:
-            await asyncio.sleep(0.005)
-        with pytest.raises(QueueFullError):  # its second sequence finds the first one's place taken
+        await until(lambda: engine.stats.num_running > 0)
+        with pytest.raises(QueueFullError):  # its first sequence takes the only place
             await collect(engine, "two", SamplingParams(n=2))
         await asyncio.sleep(0.1)
         assert engine.stats.num_waiting == 0, "nothing of it stays"
@@ -179,8 +177,7 @@ async def test_a_full_queue_is_an_error_before_any_output(running_engine: Engine
 async def test_closing_the_engine_fails_open_requests(running_engine: EngineMaker) -> None:
     async with running_engine("build_slow") as engine:
         task = asyncio.create_task(collect(engine, "hello", GREEDY))
-        while not engine.stats.num_running:
-            await asyncio.sleep(0.005)
+        await until(lambda: engine.stats.num_running > 0)
         await engine.close()
         with pytest.raises(EngineDeadError, match="shutting down"):
             await task

@@ -133,14 +133,16 @@ def test_ctrl_c_stops_between_steps_and_the_engine_lives(
 
     def step_with_ctrl_c(client: InProcessClient) -> list:
         nonlocal num_steps
-        num_steps += 1
-        if num_steps == 3:
+        if num_steps == 2:
             signal.raise_signal(signal.SIGINT)
-        return step(client)
+        messages = step(client)
+        num_steps += 1
+        return messages
 
     monkeypatch.setattr(InProcessClient, "step", step_with_ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["a", "b", "c"], SamplingParams(max_tokens=30, ignore_eos=True))
+    assert num_steps >= 3, "the step in which it came was finished"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     (output,) = llm.generate("a", GREEDY)
     assert output.outputs[0].token_ids == expected_output(output.prompt_token_ids, GREEDY, 12)

@@ -19,7 +19,7 @@ from jaxinfer.engine.async_engine import AsyncEngine
 from jaxinfer.engine.client import ProcessClient
 from jaxinfer.errors import ConfigError, EngineDeadError
 from jaxinfer.tokenizer.tokenizer import Tokenizer
-from tests.engine.conftest import FAKE, EngineMaker
+from tests.engine.conftest import FAKE, EngineMaker, until
 from tests.engine.fake_runner import expected_output
 
 LONG = SamplingParams(max_tokens=50, ignore_eos=True, temperature=0)
@@ -52,6 +52,10 @@ def socket_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="t") as root:
         monkeypatch.setattr(tempfile, "tempdir", root)
         yield Path(root)
+
+
+def is_empty(directory: Path) -> bool:
+    return not any(directory.iterdir())
 
 
 async def start_hanging(config: EngineConfig) -> tuple[ProcessClient, asyncio.Task]:
@@ -89,7 +93,7 @@ async def test_a_life(config: EngineConfig, tokenizer: Tokenizer, socket_root: P
     assert info.max_model_len == 64
     assert info.device == "fake"
     assert phases == [("start", 0, 0), ("load weights", 0, 2), ("load weights", 2, 2)]
-    assert not any(socket_root.iterdir()), "the sockets' files go once all are connected"
+    assert is_empty(socket_root), "the sockets' files go once all are connected"
     assert await finish(engine) == expected_output(list(b"hello"), LONG, 50)
     pid = core_pid(engine)
     start_s = time.monotonic()
@@ -134,12 +138,12 @@ async def test_a_core_that_cannot_start_says_why(
     assert client.pid is not None
     assert not is_running(client.pid)
     assert not client.is_alive
-    assert not any(socket_root.iterdir())
+    assert is_empty(socket_root)
 
 
 async def test_a_cancelled_start_leaves_nothing(config: EngineConfig, socket_root: Path) -> None:
     client, task = await start_hanging(config)
-    assert not any(socket_root.iterdir()), "not even while it loads"
+    assert is_empty(socket_root), "not even while it loads"
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -165,14 +169,13 @@ async def test_closing_before_the_hello(config: EngineConfig, socket_root: Path)
         await task
     assert client.pid is not None
     assert not is_running(client.pid)
-    assert not any(socket_root.iterdir())
+    assert is_empty(socket_root)
 
 
 async def test_killing_the_core_fails_open_requests_at_once(running_engine: EngineMaker) -> None:
     async with running_engine("build_slow") as engine:
         tasks = [asyncio.create_task(finish(engine)) for _ in range(3)]
-        while engine.stats.num_steps_total < 2:
-            await asyncio.sleep(0.01)
+        await until(lambda: engine.stats.num_steps_total >= 2)
         start_s = time.monotonic()
         os.kill(core_pid(engine), signal.SIGKILL)
         for result in await asyncio.gather(*tasks, return_exceptions=True):

@@ -1,4 +1,4 @@
-"""Runs the sampler as the runner does: settings packed on the host, rows gathered, one jitted call."""
+"""Runs the sampler as the runner does: packed settings, gathered rows, one jitted call."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -45,7 +45,7 @@ class Result(NamedTuple):
 class Sampler:
     """The device side of a few slots."""
 
-    def __init__(self, *, vocab_size: int, max_num_seqs: int = 4) -> None:
+    def __init__(self, *, vocab_size: int, max_num_seqs: int = 64) -> None:
         self.vocab_size = vocab_size
         self.max_num_seqs = max_num_seqs
         self.state: SamplerState = init_state(max_num_seqs=max_num_seqs, vocab_size=vocab_size)
@@ -70,9 +70,7 @@ class Sampler:
         self.state = _write_slot(self.state, np.int32(slot), row)
 
     def step(self, logits_SV: np.ndarray, seqs: Sequence[Seq]) -> Result:
-        table_RW = np.stack(
-            [pack_sampling(SamplingParams(), default_seed=0)] * self.max_num_seqs
-        )
+        table_RW = np.stack([pack_sampling(SamplingParams(), default_seed=0)] * self.max_num_seqs)
         for seq in seqs:
             table_RW[seq.slot] = pack_sampling(seq.params, default_seed=seq.default_seed)
         words_SW = step_words(

@@ -103,9 +103,7 @@ async def serve(tokenizer_dir: Path) -> AsyncIterator[Serve]:
         engine = AsyncEngine(core, load_tokenizer(tokenizer_dir), MODEL)
         await engine.start()
         settings = replace(ServerConfig(port=0), **config)
-        app = create_app(
-            engine, settings, sampling_defaults=defaults, stall_after_s=stall_after_s
-        )
+        app = create_app(engine, settings, sampling_defaults=defaults, stall_after_s=stall_after_s)
         runner = make_runner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

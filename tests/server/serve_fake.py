@@ -1,6 +1,6 @@
 """A server process for the tests: the real one, with a device that needs no accelerator.
 
-    python -m tests.server.serve_fake MODEL_DIR FACTORY SHUTDOWN_TIMEOUT_S
+python -m tests.server.serve_fake MODEL_DIR FACTORY SHUTDOWN_TIMEOUT_S
 """
 
 import sys

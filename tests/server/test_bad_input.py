@@ -7,7 +7,7 @@ import pytest
 
 from tests.server.conftest import MODEL, Serve, Served
 
-USER = [{"role": "user", "content": "hi"}]
+USER: Any = [{"role": "user", "content": "hi"}]
 IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 # change to a good body -> field named, words of the message
@@ -46,6 +46,7 @@ COMMON: list[tuple[dict[str, Any], str, str]] = [
     ({"bad_words": [1]}, "bad_words[0]", "a string"),
     ({"truncate_prompt_tokens": 1000}, "truncate_prompt_tokens", "1000"),
     ({"priority": 2**40}, "priority", "between"),
+    ({"priority": 2}, "priority", "--scheduling-policy priority"),
     ({"cache_salt": ""}, "cache_salt", "1 to 128"),
     ({"cache_salt": "x" * 129}, "cache_salt", "129"),
     ({"stream": "yes"}, "stream", "true or false"),
@@ -218,7 +219,7 @@ async def test_content_types(served: Served) -> None:
         headers = {"Content-Type": content_type}
         async with served.http.post(url, data=b'{"prompt": "x"}', headers=headers) as response:
             assert response.status == 200
-    skip = {"skip_auto_headers": ["Content-Type"]}
+    skip: Any = {"skip_auto_headers": ["Content-Type"]}
     async with served.http.post(url, data=b'{"prompt": "x"}', **skip) as response:
         assert response.status == 200
 
@@ -260,7 +261,7 @@ async def test_large_bodies(serve: Serve, *, declared: bool) -> None:
 
 
 async def test_the_official_client_sees_typed_errors(served: Served) -> None:
-    create = served.openai.chat.completions.create
+    create: Any = served.openai.chat.completions.create
     with pytest.raises(openai.BadRequestError, match="temperature") as caught:
         await create(model=MODEL, messages=USER, temperature=9)
     assert caught.value.param == "temperature"

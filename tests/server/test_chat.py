@@ -1,17 +1,19 @@
 """Chat completions through the official client and as raw frames."""
 
+from typing import Any
+
 import pytest
 
 from jaxinfer.server.sse import TextFrames
 from tests.server.conftest import MODEL, Serve, Served
 from tests.server.fake_core import expected_text
 
-HELLO = [{"role": "user", "content": "hello"}]
+HELLO: Any = [{"role": "user", "content": "hello"}]
 RENDERED = list(b"<user>hello<assistant>")
 
 
 async def test_answer(served: Served) -> None:
-    answer = await served.openai.chat.completions.create(
+    answer: Any = await served.openai.chat.completions.create(
         model=MODEL, messages=HELLO, max_completion_tokens=8, temperature=0
     )
     assert answer.id.startswith("chatcmpl-")
@@ -54,7 +56,7 @@ async def test_stream_is_the_answer_in_pieces(served: Served) -> None:
 
 
 async def test_stream_with_the_official_client(served: Served) -> None:
-    stream = await served.openai.chat.completions.create(
+    stream: Any = await served.openai.chat.completions.create(
         model=MODEL, messages=HELLO, max_tokens=6, n=3, seed=4, stream=True, logprobs=True
     )
     texts = ["", "", ""]
@@ -82,7 +84,7 @@ async def test_continuous_usage(served: Served) -> None:
 
 
 async def test_logprobs(served: Served) -> None:
-    answer = await served.openai.chat.completions.create(
+    answer: Any = await served.openai.chat.completions.create(
         model=MODEL, messages=HELLO, max_tokens=2, temperature=0, logprobs=True, top_logprobs=3
     )
     content = answer.choices[0].logprobs.content

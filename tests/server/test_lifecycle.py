@@ -22,7 +22,7 @@ def long_body(path: str, **change: Any) -> dict[str, Any]:
 
 async def until(condition: Any, timeout_s: float = 5.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - a condition of any kind has no event
             await asyncio.sleep(0.005)
 
 

@@ -218,9 +218,11 @@ def test_helpers_as_transformers() -> None:
         "{% set ns = namespace(n=1) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}"
         "{{ dict(a=1).a }}{{ dict.fromkeys(['b'], 2).b }}"
         "{{ {'k': '<é>'} | tojson(indent=2) }}{{ strftime_now('%Y') }}"
+        "\n    {% if true %}\n  X\n    {% endif %}\n{{ messages[0].name is defined }}"
         "{% for i in range(3) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}"
     )
-    assert ours(template).render_chat([USER]) == theirs([USER], template)
+    messages = [{**USER, "name": None}]
+    assert ours(template).render_chat(messages) == theirs(messages, template)
 
 
 def test_named_templates() -> None:

@@ -147,6 +147,9 @@ def test_what_the_file_says(tmp_path: Path) -> None:
     ours = load_tokenizer(write_gguf(tmp_path / "m.gguf", byte_level_metadata()))
     assert ours.eos_token_ids == (1, 2)
     assert ours.bos_token_id == 0
+    shown = ours.encode("<tool></s>", add_special_tokens=False)
+    assert [ours.is_special(token_id) for token_id in shown] == [False, True]
+    assert ours.decode(shown) == "<tool>"
     assert ours.sampling_defaults() == {}
     chat = [{"role": "user", "content": "x"}]
     assert ours.render_chat(chat) == "<s>chat"

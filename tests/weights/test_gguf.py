@@ -141,7 +141,7 @@ def test_q_and_k_rows_come_back_in_hugging_face_order(tmp_path, arch, permuted, 
     head_dim, num_heads = 8, {"q": 4, "k": 2, "v": 2}
     original = {p: random(n * head_dim, 32, seed=n) for p, n in num_heads.items()}
     bias = random(4 * head_dim, seed=9)
-    stored = {p: a for p, a in original.items()}
+    stored = dict(original)
     if permuted:
         stored |= {p: interleave_halves(original[p], head_dim) for p in ("q", "k")}
     tensors = {f"blk.0.attn_{p}.weight": gguf.quants.quantize(a, kind) for p, a in stored.items()}

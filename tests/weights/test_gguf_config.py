@@ -67,10 +67,8 @@ def test_granite_multipliers(tmp_path):
 
 
 def test_smollm3_layers_without_rope(tmp_path):
-    from transformers import SmolLM3Config
-
     config = config_of(tmp_path, arch="smollm3", metadata={"block_count": 9})
-    assert config["no_rope_layers"] == SmolLM3Config(num_hidden_layers=9).no_rope_layers
+    assert config["no_rope_layers"] == [1, 1, 1, 0, 1, 1, 1, 0, 1]
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -83,7 +81,7 @@ def test_llama3_factors_become_the_parameters_they_were_made_from(tmp_path, fact
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    stored = transformers_llama3_factors(made_from, head_dim=64).astype(np.float32)
+    stored = literal_llama3_factors(made_from, head_dim=64).astype(np.float32)
     metadata = {"rope.freq_base": 500000.0, "attention.key_length": 64}
     tensors = {"rope_freqs.weight": stored}
     assert config_of(tmp_path, tensors=tensors, metadata=metadata)["rope_parameters"] == made_from
@@ -93,19 +91,50 @@ def test_llama3_factors_become_the_parameters_they_were_made_from(tmp_path, fact
         config_of(tmp_path, tensors={"rope_freqs.weight": stored * 1.1}, metadata=metadata)
 
 
-def transformers_llama3_factors(parameters: dict, *, head_dim: int) -> np.ndarray:
+def literal_llama3_factors(parameters: dict, *, head_dim: int) -> np.ndarray:
+    """Case by case, as the Llama 3.1 model card has it."""
+    factor, original = parameters["factor"], parameters["original_max_position_embeddings"]
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    out = []
+    for i in range(0, head_dim, 2):
+        wavelength = 2 * np.pi * parameters["rope_theta"] ** (i / head_dim)
+        if wavelength < original / high:
+            out.append(1.0)
+        elif wavelength > original / low:
+            out.append(factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            out.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(out)
+
+
+@pytest.mark.slow  # imports torch
+def test_llama3_factors_are_those_of_transformers():
+    pytest.importorskip("torch")
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    parameters = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     config = LlamaConfig(
-        hidden_size=head_dim,
+        hidden_size=128,
         num_attention_heads=1,
         max_position_embeddings=131072,
         rope_parameters=parameters,
     )
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
-    plain = parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
-    return plain / frequencies.numpy()
+    theirs = 500000.0 ** -(np.arange(0, 128, 2) / 128) / frequencies.numpy()
+    np.testing.assert_allclose(literal_llama3_factors(parameters, head_dim=128), theirs, rtol=1e-5)
+    ours = llama3_factors(
+        rope_theta=500000.0, num_factors=64, factor=8.0, low=1.0, high=4.0, original=8192
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_factors_stay_between_one_and_the_stretch():

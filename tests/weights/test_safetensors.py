@@ -44,7 +44,7 @@ def test_every_dtype_reads_back_bit_for_bit(tmp_path, dtype):
 
 
 def test_scalars_and_empty_tensors(tmp_path):
-    tensors = {"scalar": np.float32(3.0).reshape(()), "empty": np.zeros((0, 4), np.float32)}
+    tensors = {"scalar": np.full((), 3.0, np.float32), "empty": np.zeros((0, 4), np.float32)}
     reader = SafetensorsReader(write_shards(tmp_path, {"model.safetensors": tensors}, index=False))
     assert reader.read("scalar") == 3.0
     assert reader.read("empty").shape == (0, 4)
