@@ -25,7 +25,13 @@ from jaxinfer.models.registry import define_model
 from jaxinfer.parallel.mesh import Device, make_mesh
 from jaxinfer.parallel.rules import replicated, sharding_of
 from jaxinfer.runner.buckets import Bucket, BucketRule, make_buckets
-from jaxinfer.runner.compiler import CompileCounter, Program, compile_all, enable_persistent_cache
+from jaxinfer.runner.compiler import (
+    CompileCounter,
+    Program,
+    compile_all,
+    compiler_options,
+    enable_persistent_cache,
+)
 from jaxinfer.runner.memory import (
     MemoryNeeds,
     MemoryPlan,
@@ -280,8 +286,7 @@ def _compile(
     memory: MemoryPlan,
     progress: ProgressCallback,
 ) -> tuple[Programs, MemoryPlan]:
-    """Every program, the largest step first: its temporaries settle the memory plan."""
-    assert config.compile.num_compile_workers
+    """Every program; the temporaries of the largest step settle the memory plan."""
     arrays = _abstract_arrays(config, model, limits)
     step_model = StepModel(
         graphdef=model.graphdef,
@@ -296,8 +301,10 @@ def _compile(
     programs = {
         str(bucket): _step_program(step_model, bucket, arrays, limits) for bucket in buckets
     } | _slot_programs(model, arrays)
+    assert config.compile.num_compile_workers
     compiled = compile_all(
         programs,
+        compiler_options(config.compile.device),
         num_workers=config.compile.num_compile_workers,
         on_done=lambda done, total: progress("compile", done, total),
     )

@@ -15,6 +15,9 @@ from jax.stages import Compiled
 _BACKEND_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
+CompilerOptions = Mapping[str, Any]
+
+
 class Program(NamedTuple):
     """A function and the abstract arguments it is compiled for."""
 
@@ -22,16 +25,33 @@ class Program(NamedTuple):
     args: tuple[Any, ...]  # pytrees of jax.ShapeDtypeStruct with shardings
     donate: tuple[int, ...]
 
-    def compile(self) -> Compiled:
-        return jax.jit(self.function, donate_argnums=self.donate).lower(*self.args).compile()
+    def compile(self, options: CompilerOptions) -> Compiled:
+        lowered = jax.jit(self.function, donate_argnums=self.donate).lower(*self.args)
+        return lowered.compile(compiler_options=dict(options))
+
+
+def compiler_options(platform: str) -> CompilerOptions:
+    """XLA options of a platform.
+
+    CPU: LLVM's cheaper passes. Matrix products are library calls there, and the loops in between
+    run as fast (docs/benchlog.md), but a step compiles in 2/3 of the time.
+    """
+    return {"xla_backend_optimization_level": 1} if platform == "cpu" else {}
 
 
 def compile_all(
-    programs: Mapping[str, Program], *, num_workers: int, on_done: Callable[[int, int], None]
+    programs: Mapping[str, Program],
+    options: CompilerOptions,
+    *,
+    num_workers: int,
+    on_done: Callable[[int, int], None],
 ) -> dict[str, Compiled]:
     """Compiles in parallel; `on_done(finished, total)` after each. Raises what the first raised."""
     with ThreadPoolExecutor(num_workers, thread_name_prefix="compile") as pool:
-        futures = {pool.submit(program.compile): name for name, program in programs.items()}
+        on_done(0, len(programs))
+        futures = {
+            pool.submit(program.compile, options): name for name, program in programs.items()
+        }
         compiled: dict[str, Compiled] = {}
         try:
             for future in as_completed(futures):

@@ -5,8 +5,8 @@ logits. A row is written by `write_slot` when a request that needs it takes the 
 that need none of it leave the row stale, and their flags keep it from being read. Only `recent`'s
 newest token is right for every slot that has sampled.
 
-Bytes for R slots and a vocabulary of V: R * (2 V + V/8 + V/8 + 11.0 KiB). For R=256, V=128,256
-that is 76 MB, of which the counts are 66 MB.
+Bytes for R slots and a vocabulary of V: R * (2 V + V/8 + V/8 + 10.7 KiB). For R=256, V=128,256
+that is 77 MB, of which the counts are 66 MB.
 """
 
 from collections.abc import Sequence

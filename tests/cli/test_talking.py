@@ -38,7 +38,7 @@ def test_chat_answers_each_line_and_survives_a_line_that_is_too_long(smollm2_ggu
         "long " * 400,  # above the context: refused, and the conversation goes on
         "/reset",
         "/nonsense",
-        "What is the capital of Italy?",
+        "What is the capital of Japan?",
         "/exit",
         "never read",
     ]
@@ -46,6 +46,6 @@ def test_chat_answers_each_line_and_survives_a_line_that_is_too_long(smollm2_ggu
     result = run_jaxinfer("chat", str(smollm2_gguf), *argv, stdin="\n".join(lines))
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
-    assert "Rome" in result.stdout
+    assert "Tokyo" in result.stdout
     assert "maximum context length" in result.stderr
     assert "Unknown command /nonsense" in result.stderr

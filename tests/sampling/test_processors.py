@@ -70,7 +70,7 @@ def _banned(result_V: np.ndarray) -> list[int]:
 @pytest.mark.parametrize("output", [_OUTPUT, []])
 def test_repetition_penalty_matches_transformers(penalty, output):
     reference = RepetitionPenaltyLogitsProcessor(penalty)
-    ids = torch.tensor([_PROMPT + output])
+    ids = torch.LongTensor([_PROMPT + output])
     expected_V = reference(ids, torch.from_numpy(_LOGITS_V)[None].clone())[0].numpy()
     result_V = _processed(SamplingParams(repetition_penalty=penalty), output=output)
     np.testing.assert_allclose(result_V, expected_V, rtol=1e-6)

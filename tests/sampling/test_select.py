@@ -70,7 +70,7 @@ def _reference_probs(logits_V: np.ndarray, filters: Filters) -> np.ndarray:
     if filters.top_p < 1:
         warpers.append(TopPLogitsWarper(filters.top_p))
     scores_V = logits_V.astype(np.float64)
-    no_ids = torch.zeros((1, 1), dtype=torch.long)
+    no_ids = torch.LongTensor([[0]])
     kept_V = np.isfinite(warpers(no_ids, torch.from_numpy(scores_V)[None])[0].numpy())
     kept_V = logits_V >= logits_V[kept_V].min()
     weight_V = np.where(kept_V, np.exp((scores_V - scores_V.max()) / filters.temperature), 0.0)
