@@ -38,7 +38,9 @@ class Request:
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
-    num_computed_tokens: int = 0  # tokens whose KV is (or will be, once dispatched steps end) cached
+    num_computed_tokens: int = (
+        0  # tokens whose KV is (or will be, once dispatched steps end) cached
+    )
     num_pending_tokens: int = 0  # sampled by a dispatched step, not yet known to the host
     num_cached_tokens: int = -1  # prefix-cache hit of the first admission; -1 = not yet admitted
     num_preemptions: int = 0

@@ -104,7 +104,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def _check_stops(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(
-                f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}.", param="stop"
+                f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(self.stop)}.",
+                param="stop",
             )
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise RequestError("stop strings must be non-empty strings.", param="stop")
@@ -165,5 +166,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def has_penalties(self) -> bool:
         return (
-            self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
         )

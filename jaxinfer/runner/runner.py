@@ -6,10 +6,11 @@ what it must remember of a sequence, it keeps by slot.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import msgspec
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -192,7 +193,7 @@ class Runner:
                 self._state, self._put(np.int32(seq.slot)), self._put(row_M)
             )
             num_new -= len(seq.new_pages)
-            remaining[index] = replace(seq, new_pages=())
+            remaining[index] = msgspec.structs.replace(seq, new_pages=())
         return remaining
 
 

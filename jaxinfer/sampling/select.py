@@ -6,7 +6,7 @@ No sort. Each row's weights are `exp((logit - max) / temperature)`, in [0, 1] wi
 token at exactly 1. The bits of non-negative floats order like the floats, so every filter is an
 int32 threshold on the bits of the weights, found by a multi-way search over bit patterns; tokens
 whose weights are equal stand or fall together. Masses are summed as fixed-point integers, which
-add up to the same number in any order: neither the bucket nor the sharding can change a token.
+add up to the same number in any order: the bucket and the sharding do not decide tokens.
 
 Shapes: S sequences, V width of the logits, B blocks of the vocabulary, H tokens of a block.
 """

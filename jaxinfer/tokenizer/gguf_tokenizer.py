@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 
+from jaxinfer.core.gguf_header import read_gguf_header
 from jaxinfer.errors import CheckpointError
-from jaxinfer.tokenizer.gguf_metadata import read_gguf_metadata
 from jaxinfer.tokenizer.gguf_pretokenizers import find_rule
 from jaxinfer.tokenizer.source import TokenizerSource
 
@@ -28,7 +28,7 @@ _NAMED_TOKENS = {
 
 def load_gguf_tokenizer(path: Path) -> TokenizerSource:
     """Reads `path`; raises CheckpointError when its tokenizer is missing, damaged or unknown."""
-    return source_from_metadata(read_gguf_metadata(path))
+    return source_from_metadata(read_gguf_header(path).metadata)
 
 
 def source_from_metadata(metadata: dict[str, Any]) -> TokenizerSource:

@@ -1,7 +1,6 @@
 """GGUF metadata -> tokenizer, with files written by the gguf package."""
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
 from jaxinfer.errors import CheckpointError
-from jaxinfer.tokenizer.gguf_metadata import read_gguf_metadata
 from jaxinfer.tokenizer.gguf_pretokenizers import find_rule
 from jaxinfer.tokenizer.gguf_tokenizer import source_from_metadata
 from jaxinfer.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -85,39 +83,6 @@ def write_gguf(path: Path, metadata: dict[str, Any]) -> Path:
     writer.write_kv_data_to_file()
     writer.close()
     return path
-
-
-def test_metadata_of_every_type(tmp_path: Path) -> None:
-    metadata = byte_level_metadata() | {
-        "a.float": 0.5,
-        "a.floats": [0.5, -1.0],
-        "a.bools": [True, False],
-        "a.nested": [[1, 2], [3]],
-        "a.text": "日本\n",
-    }
-    read = read_gguf_metadata(write_gguf(tmp_path / "m.gguf", metadata))
-    assert read == metadata | {"general.architecture": "llama"}
-
-
-def test_damaged_files(tmp_path: Path) -> None:
-    whole = write_gguf(tmp_path / "m.gguf", byte_level_metadata()).read_bytes()
-    huge_array = whole[:24] + struct.pack("<Q1sIIQ", 1, b"a", 9, 8, 2**60) + whole[24:]
-    cases = {
-        b"": "empty",
-        b"GGML" + whole[4:]: "not a GGUF file",
-        whole[:4] + struct.pack("<I", 9) + whole[8:]: "version 9",
-        whole[: len(whole) // 2]: "damaged",
-        whole[:20]: "damaged",
-        huge_array: "damaged",
-        whole[:24] + struct.pack("<Q1sI", 1, b"a", 99): "damaged",
-    }
-    for content, message in cases.items():
-        path = tmp_path / "broken.gguf"
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=message):
-            read_gguf_metadata(path)
-    with pytest.raises(CheckpointError, match="Cannot read"):
-        read_gguf_metadata(tmp_path / "missing.gguf")
 
 
 @settings(
