@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.paged_attention import xla
+from pallas_kernels.native.library import NativeKernels
+from pallas_kernels.paged_attention import cpu, xla
 from pallas_kernels.paged_attention.api import PagedAttention, PlanAttention
 
 
@@ -28,11 +29,18 @@ def _as_it_is(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(dtype)
 
 
-def choose_kernels(*, platform: str) -> KernelSet:
-    """The kernels for a platform ("cpu", "gpu", "tpu")."""
+def choose_kernels(*, platform: str, native: NativeKernels | None = None) -> KernelSet:
+    """The kernels for a platform ("cpu", "gpu", "tpu"); `native` are a CPU's, if they were asked
+    for."""
+    reason = f"XLA ops, the only implementation for {platform} so far"
+    attention: PagedAttention = xla.paged_attention
+    if native is not None and native.is_available:
+        reason, attention = native.reason, cpu.make_paged_attention(native)
+    elif native is not None:
+        reason = f"XLA ops, since the C++ kernel is not to be had: {native.reason}"
     return KernelSet(
         plan_attention=xla.plan,
-        paged_attention=xla.paged_attention,
+        paged_attention=attention,
         kv_storage_dtype=xla.storage_dtype if platform == "cpu" else _as_it_is,
-        reasons=(f"paged_attention: XLA ops, the only implementation for {platform} so far",),
+        reasons=(f"paged_attention: {reason}",),
     )

@@ -11,6 +11,7 @@ from jaxinfer.config.schema import EngineConfig
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.errors import ConfigError, RequestError
 from jaxinfer.logging import configure_logging
+from jaxinfer.tokenizer.tokenizer import Tokenizer
 
 _HELP = "/reset forgets the conversation, /exit ends it; Ctrl-C stops an answer."
 
@@ -95,12 +96,17 @@ def run(argv: Sequence[str]) -> int:
     if is_terminal:
         import readline  # noqa: F401  importing it gives input() history and editing
 
-    with Session(config, log_level=args.log_level) as session:
-        if not session.tokenizer.has_chat_template:
+    def check(tokenizer: Tokenizer) -> None:
+        if not tokenizer.has_chat_template:
             raise ConfigError(
                 "This model has no chat template: give one with --chat-template FILE, "
                 "or use `jaxinfer generate`."
             )
+        start = [] if args.system is None else [{"role": "system", "content": args.system}]
+        tokenizer.render_chat([*start, {"role": "user", "content": "x"}])
+        sampling_params(args, config.model, tokenizer)
+
+    with Session(config, log_level=args.log_level, check=check) as session:
         params = sampling_params(args, config.model, session.tokenizer)
         conversation = Conversation(session, params, system=args.system)
         if is_terminal:

@@ -35,9 +35,14 @@ def _prompt_text(given: str | None) -> str:
     return sys.stdin.read()
 
 
-def _chat_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    rendered = tokenizer.render_chat([{"role": "user", "content": text}])
-    return tokenizer.encode(rendered, add_special_tokens=False)
+def _token_ids(text: str, tokenizer: Tokenizer, *, is_chat: bool) -> list[int]:
+    if is_chat:
+        rendered = tokenizer.render_chat([{"role": "user", "content": text}])
+        return tokenizer.encode(rendered, add_special_tokens=False)
+    token_ids = tokenizer.encode(text)
+    if not token_ids:
+        raise ConfigError("The prompt is empty: give -p PROMPT, or send it to stdin.")
+    return token_ids
 
 
 def _print_piece(text: str) -> None:
@@ -51,9 +56,14 @@ def run(argv: Sequence[str]) -> int:
     text = _prompt_text(args.prompt)
     check_sampling_flags(args, config.model)
     configure_logging(args.log_level)
-    with Session(config, log_level=args.log_level) as session:
+
+    def check(tokenizer: Tokenizer) -> None:
+        _token_ids(text, tokenizer, is_chat=args.chat)
+        sampling_params(args, config.model, tokenizer)
+
+    with Session(config, log_level=args.log_level, check=check) as session:
         params = sampling_params(args, config.model, session.tokenizer)
-        prompt = _chat_prompt(text, session.tokenizer) if args.chat else text
+        prompt = _token_ids(text, session.tokenizer, is_chat=args.chat)
         session.stream(prompt, params, _print_piece)
         print()
     return 0

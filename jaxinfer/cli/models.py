@@ -5,11 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from jaxinfer.cli.parser import Parser
-from jaxinfer.cli.progress import PhaseReporter
 from jaxinfer.config.fields import nearest
 from jaxinfer.config.schema import ModelConfig
 from jaxinfer.errors import ConfigError
-from jaxinfer.logging import configure_logging
+from jaxinfer.logging import configure_logging, get_logger, log_phase
 from jaxinfer.weights.catalogue import GIB, HubSource, WheelSource, load_catalogue
 
 _HELP = """usage: jaxinfer models COMMAND [...]
@@ -39,6 +38,8 @@ def _list(argv: Sequence[str]) -> int:
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
+    # To stderr, so that every line of stdout is a model.
+    print("This version serves the scheme bf16 only; see the README.", file=sys.stderr)
     return 0
 
 
@@ -89,13 +90,11 @@ def _pull(argv: Sequence[str]) -> int:
     _add_model_flags(parser)
     args = parser.parse(argv)
 
+    from jaxinfer.engine.progress import start_progress
     from jaxinfer.weights.hub import locate_model
 
-    report = PhaseReporter()
-    try:
-        location = locate_model(_model_config(args), report)
-    finally:
-        report.close()
+    with start_progress() as on_progress:
+        location = locate_model(_model_config(args), on_progress)
     print(location.path)
     return 0
 
@@ -107,21 +106,19 @@ def _convert(argv: Sequence[str]) -> int:
     _add_model_flags(parser)
     args = parser.parse(argv)
 
+    from jaxinfer.engine.progress import start_progress
     from jaxinfer.weights.hub import locate_model
     from jaxinfer.weights.orbax import convert_checkpoint  # imports JAX
     from jaxinfer.weights.reader import open_checkpoint
 
-    report = PhaseReporter()
-    try:
-        path = locate_model(_model_config(args), report).path
-        report(f"convert {path.name}")
+    with start_progress() as on_progress:
+        path = locate_model(_model_config(args), on_progress).path
+    with log_phase(get_logger(__name__), f"convert {path.name}"):
         reader = open_checkpoint(path)
         try:
             convert_checkpoint(reader, args.output)
         finally:
             reader.close()
-    finally:
-        report.close()
     print(args.output)
     return 0
 

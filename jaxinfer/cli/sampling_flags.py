@@ -6,6 +6,7 @@ from typing import Any
 from jaxinfer.config.schema import ModelConfig
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.engine.model_source import sampling_defaults
+from jaxinfer.errors import ConfigError, RequestError
 from jaxinfer.tokenizer.tokenizer import Tokenizer
 
 _FLAGS: tuple[tuple[str, type, str], ...] = (
@@ -43,8 +44,14 @@ def _given(args: argparse.Namespace, model: ModelConfig) -> dict[str, Any]:
 
 
 def check_sampling_flags(args: argparse.Namespace, model: ModelConfig) -> None:
-    """Raises RequestError for a value out of range, before an engine is started for it."""
-    SamplingParams(**_given(args, model))
+    """Raises ConfigError for a value out of range, before a model is looked for."""
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise ConfigError(f"--max-tokens must be at least 1, got {args.max_tokens}.")
+    try:
+        SamplingParams(**_given(args, model))
+    except RequestError as error:
+        flag = "--" + (error.param or "").replace("_", "-")
+        raise ConfigError(f"{flag}: {error}") from error
 
 
 def sampling_params(

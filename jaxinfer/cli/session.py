@@ -11,38 +11,45 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from jaxinfer.cli.progress import PhaseReporter
 from jaxinfer.config.schema import EngineConfig
 from jaxinfer.core.outputs import RequestOutput
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.engine.async_engine import AsyncEngine
+from jaxinfer.engine.build import ProgressCallback
 from jaxinfer.engine.client import ProcessClient
 from jaxinfer.engine.model_source import LoadedModel, load_model_tokenizer
+from jaxinfer.engine.progress import start_progress
 from jaxinfer.tokenizer.tokenizer import Tokenizer
 
 
 class Session:
-    """A context manager: the engine runs inside of it."""
+    """A context manager: the engine runs inside of it.
 
-    def __init__(self, config: EngineConfig, *, log_level: str) -> None:
+    `check` sees the tokenizer before the engine starts, which may take minutes: what it can raise
+    is known at once.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, log_level: str, check: Callable[[Tokenizer], None]
+    ) -> None:
         self._config = config
         self._log_level = log_level
+        self._check = check
         self._runner = asyncio.Runner()
         self._request_numbers = itertools.count()
         self._engine: AsyncEngine | None = None
         self._tokenizer: Tokenizer | None = None
 
     def __enter__(self) -> Self:
-        report = PhaseReporter()
         try:
-            model = load_model_tokenizer(self._config, report)
-            self._tokenizer = model.tokenizer
-            self._runner.run(self._start(model, report))
+            with start_progress() as on_progress:
+                model = load_model_tokenizer(self._config, on_progress)
+                self._tokenizer = model.tokenizer
+                self._check(model.tokenizer)
+                self._runner.run(self._start(model, on_progress))
         except BaseException:
             self._runner.close()
             raise
-        finally:
-            report.close()
         return self
 
     def __exit__(
@@ -57,12 +64,9 @@ class Session:
         finally:
             self._runner.close()
 
-    async def _start(self, model: LoadedModel, report: PhaseReporter) -> None:
+    async def _start(self, model: LoadedModel, on_progress: ProgressCallback) -> None:
         # A client belongs to the event loop it is made on.
-        # Off a terminal the core's phases stand in its own log already.
-        client = ProcessClient(
-            self._config, on_progress=report.show_on_terminal, log_level=self._log_level
-        )
+        client = ProcessClient(self._config, on_progress=on_progress, log_level=self._log_level)
         self._engine = AsyncEngine(client, model.tokenizer, model.name)
         await self._engine.start()
 

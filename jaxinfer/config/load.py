@@ -130,15 +130,38 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
 # ------------------------------------------------------------------------------------- YAML
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML forbids a key that is there twice; PyYAML would take the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
+        keys: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if isinstance(key, str) and key in keys:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key} is given twice", problem_mark=key_node.start_mark
+                )
+            keys.add(key if isinstance(key, str) else repr(key))
+        return super().construct_mapping(node, deep=deep)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """PyYAML's complaint in one line; its own text shows the place over six."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+
+
 def _read_mapping(path: Path) -> dict[Any, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path}: is not UTF-8 text.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: is not YAML: {error}") from error
+        raise ConfigError(f"--config {path}: is not YAML: {_yaml_problem(error)}.") from error
     if content is None:
         return {}
     if not isinstance(content, dict):

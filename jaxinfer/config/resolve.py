@@ -62,10 +62,14 @@ class Resolution(NamedTuple):
 def _device(values: dict[str, Any], device: DeviceFacts) -> Iterable[Choice]:
     asked = values["device"]
     if asked not in ("auto", device.platform):
+        repair = (
+            "Set JAX_PLATFORMS=cpu before the start"
+            if asked == "cpu"
+            else f"Install jaxinfer[{asked}] on a machine that has one"
+        )
         raise ConfigError(
             f"device={asked!r} was asked for, but JAX runs on {device.platform!r} "
-            f"({device.device_kind}). Install jaxinfer[{asked}] on a machine that has one, or "
-            "leave the flag out."
+            f"({device.device_kind}). {repair}, or leave the flag out."
         )
     yield Choice("device", device.platform, f"what JAX found: {device.device_kind}")
     asked_devices = values["tensor_parallel_size"]

@@ -127,11 +127,15 @@ class CompileConfig:
     """Compilation and the device."""
 
     device: Literal["auto", "cpu", "gpu", "tpu"] = option(
-        default="auto", help="which backend to run on"
+        default="auto", help="the kind of device that must be there"
     )
     compile_cache: str = option(
         default="auto",
         help="directory of compiled programs (auto: under the cache directory; none: off)",
+    )
+    native_kernels: bool = option(
+        default=True,
+        help="on a CPU, use C++ kernels (compiled at the first start) where they exist",
     )
     num_compile_workers: int | None = option(
         default=None, help="threads that compile (default: all cores)"

@@ -209,11 +209,11 @@ class _Cursor:
 
 def _shortest(value: float) -> float:
     """The shortest decimal that is this float32: 1e-05, as it was written, not 9.99999974e-06."""
-    if value.is_integer():
+    if value.is_integer() and abs(value) < 2**24:  # scores, mostly: a vocabulary of them
         return value
     exact = struct.pack("<f", value)
-    for digits in (6, 7, 8):  # 9 digits tell all float32 apart
+    for digits in (6, 7, 8):
         rounded = float(f"{value:.{digits}g}")
         if struct.pack("<f", rounded) == exact:
             return rounded
-    return value
+    return float(f"{value:.9g}")  # tells all float32 apart

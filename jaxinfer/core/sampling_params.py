@@ -17,7 +17,7 @@ MAX_BAD_WORD_TOKENS = 8
 
 
 def _check_range(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
-    """Raises RequestError unless `value` is a finite number in [low, high] ((low, high] if open)."""
+    """Raises RequestError unless `value` is finite and in [low, high] ((low, high] if open)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError(f"{name} must be a number, got {value!r}.", param=name)
     bracket = "(" if low_open else "["
@@ -91,7 +91,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
-                f"min_tokens must not be above max_tokens={self.max_tokens}, got {self.min_tokens}.",
+                f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}.",
                 param="min_tokens",
             )
         if self.logprobs is not None:

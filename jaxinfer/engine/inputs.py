@@ -14,8 +14,11 @@ from jaxinfer.core.messages import EngineInfo
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.engine.admission import check_prompt, max_prompt_tokens
 from jaxinfer.errors import RequestError
+from jaxinfer.logging import get_logger
 from jaxinfer.tokenizer.bad_words import bad_words_to_token_ids
 from jaxinfer.tokenizer.tokenizer import Tokenizer
+
+logger = get_logger(__name__)
 
 
 class TokensPrompt(TypedDict):
@@ -46,6 +49,14 @@ class InputProcessor:
     def __init__(self, tokenizer: Tokenizer, info: EngineInfo) -> None:
         self._tokenizer = tokenizer
         self._info = info
+        if tokenizer.vocab_size > info.vocab_size:
+            # No error: some fine-tunes add tokens to the tokenizer that the model never got.
+            logger.warning(
+                "the tokenizer has %d tokens but the model only %d: text that needs the others "
+                "will be refused. Is --tokenizer the model's own?",
+                tokenizer.vocab_size,
+                info.vocab_size,
+            )
 
     def validate(
         self,

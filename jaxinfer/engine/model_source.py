@@ -4,16 +4,16 @@ Imports no JAX. Knows configuration, hub and tokenizer; nothing of engines.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxinfer.config.schema import EngineConfig, ModelConfig
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.engine.build import ProgressCallback
-from jaxinfer.errors import ConfigError
+from jaxinfer.errors import ConfigError, RequestError
 from jaxinfer.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from jaxinfer.weights.hub import locate_model
+from jaxinfer.weights.hub import locate_model, locate_tokenizer
 
 _SAMPLING_KEYS = (
     "temperature",
@@ -37,11 +37,7 @@ def load_model_tokenizer(config: EngineConfig, on_progress: ProgressCallback) ->
     """Finds (or downloads) the model and loads its tokenizer; raises UserError."""
     model = config.model
     location = locate_model(model, on_progress)
-    path = location.path
-    if model.tokenizer is not None:
-        path = Path(model.tokenizer).expanduser()
-        if not path.exists():
-            path = locate_model(replace(model, model=model.tokenizer), on_progress).path
+    path = locate_tokenizer(model, on_progress) or location.path
     return LoadedModel(
         tokenizer=load_tokenizer(path, chat_template=model.chat_template),
         name=location.name,
@@ -49,7 +45,27 @@ def load_model_tokenizer(config: EngineConfig, on_progress: ProgressCallback) ->
 
 
 def sampling_defaults(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
-    """The sampling fields that --generation-config chooses; raises ConfigError."""
+    """The sampling fields that --generation-config chooses; raises ConfigError.
+
+    They are checked here, so that no request is told off for what a file says.
+    """
+    defaults = _read_defaults(tokenizer, model)
+    try:
+        SamplingParams(**_as_params(defaults))
+    except RequestError as error:
+        raise ConfigError(
+            f"--generation-config={model.generation_config}: generation_config.json is wrong: "
+            f"{error} Repair the file, or use --generation-config vllm for neutral defaults."
+        ) from error
+    return defaults
+
+
+def _as_params(defaults: dict[str, Any]) -> dict[str, Any]:
+    names = {"max_new_tokens": "max_tokens"}
+    return {names.get(key, key): value for key, value in defaults.items()}
+
+
+def _read_defaults(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
     if model.generation_config == "auto":
         return tokenizer.sampling_defaults()
     if model.generation_config == "vllm":
@@ -67,7 +83,4 @@ def sampling_defaults(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any
 
 def default_sampling_params(tokenizer: Tokenizer, model: ModelConfig) -> SamplingParams:
     """Sampling as the model's generation_config.json wants it (--generation-config)."""
-    defaults = sampling_defaults(tokenizer, model)
-    if "max_new_tokens" in defaults:
-        defaults["max_tokens"] = defaults.pop("max_new_tokens")
-    return SamplingParams(**defaults)
+    return SamplingParams(**_as_params(sampling_defaults(tokenizer, model)))

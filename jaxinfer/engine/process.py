@@ -21,7 +21,7 @@ from jaxinfer.config.schema import EngineConfig
 from jaxinfer.core.messages import WIRE_VERSION, Failed, Hello, Progress, Ready
 from jaxinfer.engine.build import ProgressCallback, build_core
 from jaxinfer.engine.transport import ClientAddress, CoreEndpoint
-from jaxinfer.errors import JaxInferError
+from jaxinfer.errors import CapacityError, UserError
 from jaxinfer.logging import configure_logging, get_logger
 
 logger = get_logger(__name__)
@@ -94,8 +94,8 @@ def main() -> int:
     try:
         _run(bootstrap, endpoint, progress)
     except Exception as error:  # noqa: BLE001 - the process boundary: every end must be told
-        if isinstance(error, JaxInferError):
-            logger.error("the engine cannot go on: %s", error)
+        if isinstance(error, UserError | CapacityError):
+            logger.debug("the engine cannot start: %s", error)  # who started us tells the user
         else:
             logger.exception("the engine core failed")
         endpoint.broadcast(Failed(kind=type(error).__name__, message=str(error)))

@@ -1,38 +1,51 @@
 """Shows how far a start-up or a batch is: bars on a terminal, nothing elsewhere.
 
-(Off the terminal the engine's log has one line per phase.) Knows nothing of engines.
+(Elsewhere the log has a line when a phase begins and one when it ends; whoever does the work
+writes them.) Writes to stderr, so that answers on stdout stay clean. Knows nothing of engines.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxinfer.engine.build import ProgressCallback, ignore_progress
 
+_LEAST_BYTES = 10 * 2**20  # only bytes come in such numbers
 
-def _bars() -> Progress:
+
+def _bars(stream: TextIO | None = None) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=Console(file=stream or sys.stderr),
         transient=True,
     )
 
 
+def _amount(done: int, total: int) -> str:
+    if total <= 0:
+        return ""
+    if total >= _LEAST_BYTES:
+        return f"{done / 2**20:.0f}/{total / 2**20:.0f} MiB"
+    return f"{done}/{total}"
+
+
 @contextmanager
-def start_progress() -> Iterator[ProgressCallback]:
-    """One bar per phase of a start-up."""
-    bars = _bars()
+def start_progress(stream: TextIO | None = None) -> Iterator[ProgressCallback]:
+    """One bar per phase of a start-up, on `stream` (default: stderr)."""
+    bars = _bars(stream)
     tasks = {}
 
     def report(phase: str, done: int, total: int) -> None:
         if phase not in tasks:
-            tasks[phase] = bars.add_task(phase)
-        bars.update(tasks[phase], completed=done, total=total or None)
+            tasks[phase] = bars.add_task(phase, amount="")
+        bars.update(tasks[phase], completed=done, total=total or None, amount=_amount(done, total))
 
     if not bars.console.is_terminal:
         yield ignore_progress
@@ -49,8 +62,15 @@ def batch_progress(total: int, *, is_shown: bool) -> Iterator[Callable[[], None]
         yield _ignore_one
         return
     with bars:
-        task = bars.add_task("prompts", total=total)
-        yield lambda: bars.advance(task)
+        task = bars.add_task("prompts", total=total, amount=_amount(0, total))
+        num_done = 0
+
+        def count() -> None:
+            nonlocal num_done
+            num_done += 1
+            bars.update(task, completed=num_done, amount=_amount(num_done, total))
+
+        yield count
 
 
 def _ignore_one() -> None:

@@ -39,7 +39,8 @@ class FinishedEvent:
     params: SamplingParams
     num_prompt_tokens: int
     num_cached_tokens: int
-    num_output_tokens: int
+    num_output_tokens: int  # of all sequences
+    longest_output_tokens: int  # of the longest sequence
     metrics: RequestMetrics
 
 
@@ -142,6 +143,7 @@ class RequestState:
             num_prompt_tokens=len(self.prompt.prompt_token_ids),
             num_cached_tokens=self.num_cached_tokens or 0,
             num_output_tokens=sum(sequence.num_tokens for sequence in self.sequences),
+            longest_output_tokens=max(sequence.num_tokens for sequence in self.sequences),
             metrics=self.metrics,
         )
 

@@ -16,7 +16,16 @@ from jax import Array
 
 from jaxinfer.errors import CheckpointError
 
-SCALINGS = ("default", "linear", "llama3", "yarn")
+_COMMON_KEYS = frozenset(
+    "rope_type type rope_theta partial_rotary_factor original_max_position_embeddings".split()
+)
+_YARN_KEYS = "factor attention_factor beta_fast beta_slow mscale mscale_all_dim truncate"
+_KEYS_BY_TYPE: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset("factor low_freq_factor high_freq_factor".split()),
+    "yarn": frozenset(_YARN_KEYS.split()),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,17 +44,9 @@ class RopeAngles(NamedTuple):
 
 
 def rope_from_hf(config: Mapping[str, Any], *, head_dim: int) -> RopeConfig:
-    """Reads either spelling of config.json. Raises CheckpointError on an unknown `rope_type`."""
-    parameters = dict(config.get("rope_parameters") or {})
-    if not parameters:
-        parameters = dict(config.get("rope_scaling") or {})
-    parameters.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
-    if rope_type not in SCALINGS:
-        raise CheckpointError(
-            f"rope_type {rope_type!r} of config.json is not supported; this version knows "
-            f"{', '.join(SCALINGS)}."
-        )
+    """Reads either spelling of config.json. Raises CheckpointError on what it does not know."""
+    parameters = _parameters(config)
+    rope_type = parameters["rope_type"]
     partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
     if partial != 1:
         raise CheckpointError(
@@ -65,6 +66,31 @@ def rope_from_hf(config: Mapping[str, Any], *, head_dim: int) -> RopeConfig:
             f"rope_type {rope_type!r} needs {error.args[0]!r} in rope_parameters of config.json."
         ) from None
     return RopeConfig(inv_freq=tuple(inv_freq.tolist()))
+
+
+def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rope parameters, with `rope_type` and `rope_theta`, checked for keys nobody reads."""
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if new and old and new != old:
+        raise CheckpointError(
+            f"config.json has both rope_parameters {new} and rope_scaling {old}: remove the one "
+            "that does not hold."
+        )
+    parameters = {key: value for key, value in (new or old).items() if value is not None}
+    parameters.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
+    rope_type = parameters.setdefault("rope_type", parameters.get("type") or "default")
+    if rope_type not in _KEYS_BY_TYPE:
+        raise CheckpointError(
+            f"rope_type {rope_type!r} of config.json is not supported; this version knows "
+            f"{', '.join(_KEYS_BY_TYPE)}."
+        )
+    unknown = parameters.keys() - _COMMON_KEYS - _KEYS_BY_TYPE[rope_type]
+    if unknown:
+        raise CheckpointError(
+            f"rope_parameters of config.json have {', '.join(sorted(unknown))}, which this "
+            f"version does not know for rope_type {rope_type!r} and will not ignore."
+        )
+    return parameters
 
 
 def _llama3(inv_freq: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:

@@ -29,6 +29,20 @@ IRRELEVANT_KEYS = frozenset(
 )
 
 
+def refuse_quantized(config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError naming the scheme when the weights are stored quantized."""
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not quantization:
+        return
+    scheme = "unnamed"
+    if isinstance(quantization, Mapping):
+        scheme = quantization.get("quant_method") or quantization.get("format") or scheme
+    raise CheckpointError(
+        f"quantization_config of config.json: the weights are quantized ({scheme}), which this "
+        "version does not serve. Use the model's unquantized checkpoint, or a GGUF file of it."
+    )
+
+
 def refuse_unknown(config: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises CheckpointError naming every key that is set and that nobody here understands.
 

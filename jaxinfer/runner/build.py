@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import jax
 
+from jaxinfer.config.env import cache_dir
 from jaxinfer.config.schema import EngineConfig
 from jaxinfer.core.limits import EngineLimits
 from jaxinfer.errors import CheckpointError
 from jaxinfer.logging import get_logger, log_phase
+from jaxinfer.models.base import ModelDef
 from jaxinfer.models.registry import define_model
 from jaxinfer.parallel.mesh import make_mesh
 from jaxinfer.runner.abstract import (
@@ -29,10 +31,11 @@ from jaxinfer.runner.runner import Programs, Runner, Vocabulary
 from jaxinfer.runner.sizing import make_limits, memory_needs, platform_of, resolve_config
 from jaxinfer.tokenizer.tokenizer import load_tokenizer
 from jaxinfer.weights.dummy import dummy_params
-from jaxinfer.weights.hub import locate_model
+from jaxinfer.weights.hub import locate_model, locate_tokenizer
 from jaxinfer.weights.loader import check_fit, load_params
 from jaxinfer.weights.reader import CheckpointReader, open_checkpoint
-from pallas_kernels.dispatch import choose_kernels
+from pallas_kernels.dispatch import KernelSet, choose_kernels
+from pallas_kernels.native.library import load_native_kernels
 
 logger = get_logger(__name__)
 
@@ -68,9 +71,7 @@ def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCal
     config = resolve_config(config, definition, devices)
     enable_persistent_cache(config.compile.compile_cache)
     mesh = make_mesh(tensor=config.parallel.tensor_parallel_size, devices=devices)
-    kernels = choose_kernels(platform=platform_of(devices[0]))
-    for reason in kernels.reasons:
-        logger.info("kernel %s", reason)
+    kernels = _choose_kernels(config, definition, platform=platform_of(devices[0]))
     model = make_abstract(definition, mesh, kernels, dtype=config.model.dtype)
     _check_weights(config, model, reader)
     with log_phase(logger, "compile"):
@@ -78,6 +79,8 @@ def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCal
     logger.info("memory of each device:\n%s", plan.memory.table())
     with log_phase(logger, "load weights"):
         weights = _load(config, model, reader, progress)
+    progress("allocate", 0, 0)
+    ends = _eos_token_ids(config, reader, progress)
     arrays = allocate(model, plan.limits, plan.arrays, weights)
     jax.block_until_ready(arrays)
     counter.mark_ready()
@@ -88,9 +91,20 @@ def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCal
         mesh=mesh,
         programs=plan.programs,
         arrays=arrays,
-        vocabulary=Vocabulary(definition.shape.vocab_size, _eos_token_ids(config, reader)),
+        vocabulary=Vocabulary(definition.shape.vocab_size, ends),
         counter=counter,
     )
+
+
+def _choose_kernels(config: EngineConfig, definition: ModelDef, *, platform: str) -> KernelSet:
+    native = None
+    if platform == "cpu" and config.compile.native_kernels:
+        with log_phase(logger, "prepare C++ kernels"):
+            native = load_native_kernels(cache_dir() / "native", head_dim=definition.shape.head_dim)
+    kernels = choose_kernels(platform=platform, native=native)
+    for reason in kernels.reasons:
+        logger.info("kernel %s", reason)
+    return kernels
 
 
 def _plan_and_compile(
@@ -126,15 +140,16 @@ def _check_weights(config: EngineConfig, model: AbstractModel, reader: Checkpoin
     """Raises CheckpointError for tensors that do not fit the model, before anything long."""
     if config.model.load_format != "dummy":
         definition = model.definition
-        check_fit(
-            reader, model.params, definition.pieces, optional_names=definition.is_optional
-        )
+        check_fit(reader, model.params, definition.pieces, optional_names=definition.is_optional)
 
 
-def _eos_token_ids(config: EngineConfig, reader: CheckpointReader) -> tuple[int, ...]:
+def _eos_token_ids(
+    config: EngineConfig, reader: CheckpointReader, progress: ProgressCallback
+) -> tuple[int, ...]:
     """What ends a generation: the tokenizer knows; without one, what the configs say."""
+    path = locate_tokenizer(config.model, progress) or reader.path
     try:
-        return load_tokenizer(config.model.tokenizer or reader.path).eos_token_ids
+        return load_tokenizer(path).eos_token_ids
     except CheckpointError as error:
         logger.info("no tokenizer (%s): end tokens are those of config.json", error)
     ids = reader.generation_config().get("eos_token_id", reader.config().get("eos_token_id"))

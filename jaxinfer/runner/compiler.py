@@ -4,13 +4,17 @@ Programs are compiled ahead of time in a thread pool (XLA releases the GIL) and 
 persistent cache, so a second start only reads them. Knows functions and shapes, no model.
 """
 
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.stages import Compiled
+
+from jaxinfer.errors import ConfigError
 
 _BACKEND_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -64,9 +68,20 @@ def compile_all(
 
 
 def enable_persistent_cache(directory: str) -> None:
-    """Keeps every compiled program in `directory`; "none" switches that off."""
+    """Keeps every compiled program in `directory`; "none" switches that off.
+
+    Raises ConfigError for a directory that cannot be written.
+    """
     if directory == "none":
         return
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--compile-cache={directory}: cannot be written ({error.strerror}). Name another "
+            "directory, or none to compile at every start."
+        ) from error
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -5,7 +5,7 @@ step (`memory_analysis`), first estimated so that the number of pages can be fix
 is compiled, then checked.
 """
 
-import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +38,10 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         return self.weight_bytes + self.state_bytes + self.temp_bytes + self.kv_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.usable_bytes
 
     def table(self) -> str:
         """The plan, one line a part."""
@@ -118,24 +122,42 @@ def _num_pages(needs: MemoryNeeds, cache: CacheConfig, free_bytes: int) -> tuple
 
 def _check(plan: MemoryPlan, needs: MemoryNeeds) -> None:
     needed = num_pages_for(needs.max_model_len, plan.page_size)
-    room = plan.usable_bytes - (plan.total_bytes - plan.kv_bytes)
-    if plan.num_pages >= needed and plan.kv_bytes <= max(room, 0):
+    if plan.num_pages >= needed and plan.fits:
         return
-    fitting_pages = min(plan.num_pages, max(room, 0) // plan.page_bytes)
-    if room <= 0:
-        repair = "use a smaller model or dtype, or more devices (--tensor-parallel-size)"
-    elif plan.num_pages >= needed:
-        repair = f"use at most {fitting_pages} pages ({fitting_pages * plan.page_bytes} bytes)"
-    else:
-        repair = (
-            f"--max-model-len {fitting_pages * plan.page_size} would fit, or give the cache more "
-            "(--gpu-memory-utilization, --kv-cache-memory-bytes), a smaller --kv-cache-dtype, or "
-            "more devices (--tensor-parallel-size)"
-        )
+    room_bytes = max(plan.usable_bytes - (plan.total_bytes - plan.kv_bytes), 0)
+    fitting_pages = min(plan.num_pages, room_bytes // plan.page_bytes)
     raise CapacityError(
         f"Not enough memory: one sequence of --max-model-len {needs.max_model_len} needs {needed} "
-        f"KV pages ({_gib(needed * plan.page_bytes)}), but there is room for {fitting_pages}:\n"
-        f"{plan.table()}\n{repair}."
+        f"KV pages ({_gib(needed * plan.page_bytes)}); {plan.num_pages} were planned and there is "
+        f"room for {fitting_pages}:\n{plan.table()}\n"
+        f"{_repair(plan, needed=needed, fitting_pages=fitting_pages)}."
+    )
+
+
+def _repair(plan: MemoryPlan, *, needed: int, fitting_pages: int) -> str:
+    """What would fit."""
+    if plan.weight_bytes + plan.state_bytes >= plan.usable_bytes:
+        return (
+            "The weights alone are too large: use a smaller model or --dtype, more devices "
+            "(--tensor-parallel-size), or more of the memory (--gpu-memory-utilization)"
+        )
+    if plan.total_bytes - plan.kv_bytes >= plan.usable_bytes:
+        return (
+            "The largest step alone is too large: lower --max-num-batched-tokens or "
+            "--max-num-seqs, or use more of the memory (--gpu-memory-utilization)"
+        )
+    if fitting_pages >= needed:
+        num_bytes = fitting_pages * plan.page_bytes
+        return f"At most {fitting_pages} pages fit: --kv-cache-memory-bytes {num_bytes}"
+    shorter = (
+        f"--max-model-len {fitting_pages * plan.page_size} would fit; or give"
+        if fitting_pages
+        else "Give"
+    )
+    return (
+        f"{shorter} the cache more (--gpu-memory-utilization, --kv-cache-memory-bytes "
+        f"{needed * plan.page_bytes}), take a smaller --kv-cache-dtype, or more devices "
+        "(--tensor-parallel-size)"
     )
 
 
@@ -164,13 +186,13 @@ def available_cpu_bytes() -> int:
         text = limit.read_text().strip()
         if text != "max":
             limits.append(int(text) - int(used.read_text()))
-    return int(min(limits))
+    return min(limits)
 
 
-def _meminfo_available() -> float:
+def _meminfo_available() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:  # not Linux: no figure, no limit
-        return math.inf
+    except OSError:  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fields = dict(line.split(":", 1) for line in lines)
     return int(fields["MemAvailable"].split()[0]) * 1024

@@ -6,7 +6,8 @@ description of the layout; both directions use it.
 Letters: T tokens, S sequences, U page updates, W sampling words.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,8 @@ def num_page_updates(bucket: Bucket, page_size: int) -> int:
     return bucket.num_seqs + bucket.num_tokens // page_size
 
 
-def _sections(bucket: Bucket, page_size: int) -> dict[str, int]:
+@cache
+def _sections(bucket: Bucket, page_size: int) -> Mapping[str, int]:
     """Words of each field of StepInputs, in their order."""
     num_updates = num_page_updates(bucket, page_size)
     return {
@@ -104,27 +106,24 @@ def pack_step(
     max_num_seqs = sampling_table_RW.shape[0]
     words = np.zeros(num_words(bucket, page_size), np.int32)
     view = _split(words, bucket, page_size)
-    view["page_slots_U"][:] = max_num_seqs
     num_seqs = len(seqs)
-    view["wants_prompt_S"][:num_seqs] = [chunk is not None for chunk in prompts]
-    view["next_token_S"][:num_seqs] = [chunk.next_token if chunk else -1 for chunk in prompts]
+    # Lists first: writing single numbers into an array takes ten times as long.
+    token_ids: list[int] = []
+    query_starts: list[int] = []
+    for seq in seqs:
+        query_starts.append(len(token_ids))
+        token_ids.extend(seq.token_ids)
+    view["token_ids_T"][: len(token_ids)] = token_ids
+    view["query_starts_S1"][:num_seqs] = query_starts
+    view["query_starts_S1"][num_seqs:] = len(token_ids)
     view["slots_S"][:num_seqs] = [seq.slot for seq in seqs]
     view["starts_S"][:num_seqs] = [seq.start for seq in seqs]
-    token, update = 0, 0
-    for index, seq in enumerate(seqs):
-        view["query_starts_S1"][index] = token
-        end = token + len(seq.token_ids)
-        view["token_ids_T"][token:end] = seq.token_ids
-        token = end
-        if seq.new_pages:
-            until = update + len(seq.new_pages)
-            view["page_slots_U"][update:until] = seq.slot
-            view["page_columns_U"][update:until] = range(
-                seq.first_new_page, seq.first_new_page + len(seq.new_pages)
-            )
-            view["page_ids_U"][update:until] = seq.new_pages
-            update = until
-    view["query_starts_S1"][num_seqs:] = token
+    view["next_token_S"][:num_seqs] = -1
+    for index, chunk in enumerate(prompts):
+        if chunk is not None:
+            view["wants_prompt_S"][index] = 1
+            view["next_token_S"][index] = chunk.next_token
+    _pack_pages(view, seqs, no_slot=max_num_seqs)
     samples_S = np.zeros(bucket.num_seqs, np.bool_)
     samples_S[:num_seqs] = [seq.samples for seq in seqs]
     output_indices_S = np.zeros(bucket.num_seqs, np.int32)
@@ -138,3 +137,22 @@ def pack_step(
     view["num_seqs"][0] = num_seqs
     view["num_decodes"][0] = sum(len(seq.token_ids) == 1 for seq in seqs)
     return words
+
+
+def _pack_pages(
+    view: Mapping[str, np.ndarray], seqs: Sequence[ScheduledSeq], *, no_slot: int
+) -> None:
+    """Writes the updates of the page table; those that are not needed go to `no_slot`."""
+    slots: list[int] = []
+    columns: list[int] = []
+    page_ids: list[int] = []
+    for seq in seqs:
+        if seq.new_pages:
+            num_pages = len(seq.new_pages)
+            slots += [seq.slot] * num_pages
+            columns += range(seq.first_new_page, seq.first_new_page + num_pages)
+            page_ids += seq.new_pages
+    view["page_slots_U"][: len(slots)] = slots
+    view["page_slots_U"][len(slots) :] = no_slot
+    view["page_columns_U"][: len(columns)] = columns
+    view["page_ids_U"][: len(page_ids)] = page_ids

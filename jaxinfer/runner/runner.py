@@ -5,6 +5,7 @@ somebody asks. Device memory (pages, slot state) is donated from step to step. K
 what it must remember of a sequence, it keeps by slot.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -90,7 +91,7 @@ class Runner:
         self.dtype = config.model.dtype
         self.device_name = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
         self._programs = programs
-        self._buckets = tuple(programs.steps)
+        self.buckets = tuple(programs.steps)
         self._weights, self._pages_L, self._state = arrays
         self._counter = counter
         self._on_every_device = replicated(mesh)
@@ -107,7 +108,7 @@ class Runner:
             self._admit(seq)
         prompts = [self._prompt_chunk(seq) for seq in step.seqs]
         bucket = choose_bucket(
-            self._buckets,
+            self.buckets,
             num_tokens=step.num_tokens,
             num_seqs=len(step.seqs),
             decode_only=step.num_tokens == len(step.seqs) and not any(prompts),
@@ -234,14 +235,12 @@ class PendingStep:
         outputs = []
         first_token = 0
         for index, seq in enumerate(self._step.seqs):
-            outputs.append(
-                SeqOutput(
-                    token_ids=[tokens[index]] if seq.samples else [],
-                    logprobs=_rows(logprobs, [index], [tokens[index]], self._num_logprobs[index]),
-                    prompt_logprobs=self._prompt_rows(prompt_logprobs, index, first_token),
-                    error=BROKEN_LOGITS if seq.samples and tokens[index] == NO_TOKEN else None,
-                )
+            output = SeqOutput(
+                token_ids=[tokens[index]] if seq.samples else [],
+                logprobs=_rows(logprobs, [index], [tokens[index]], self._num_logprobs[index]),
+                prompt_logprobs=self._prompt_rows(prompt_logprobs, index, first_token),
             )
+            outputs.append(output._replace(error=BROKEN_LOGITS) if _is_broken(output) else output)
             first_token += len(seq.token_ids)
         return StepOutput(step_id=self._step.step_id, seqs=outputs)
 
@@ -254,6 +253,15 @@ class PendingStep:
         targets = [*seq.token_ids[1:], chunk.next_token][: chunk.num_targets]
         positions = range(first_token, first_token + len(targets))
         return _rows(logprobs, positions, targets, chunk.num_logprobs)
+
+
+def _is_broken(output: SeqOutput) -> bool:
+    """NaN logits show in the sampled token, or, masked or in mid-prompt, in log-probabilities."""
+    return NO_TOKEN in output.token_ids or any(
+        math.isnan(value)
+        for entry in (*output.logprobs, *output.prompt_logprobs)
+        for value in entry.logprobs
+    )
 
 
 def _to_host(logprobs: Logprobs | None) -> _HostLogprobs | None:

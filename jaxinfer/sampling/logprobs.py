@@ -93,10 +93,11 @@ def _logprobs(logits_NV: Array, token_N: Array, num_top: int) -> Logprobs:
     best_N1 = top_logits_NK[:, :1]
     log_sum_N1 = jnp.log(jnp.sum(jnp.exp(logits_NV - best_N1), axis=1, keepdims=True))
     token_logit_N1 = jnp.take_along_axis(logits_NV, token_N[:, None], axis=1)
-    num_better_N = jnp.sum((logits_NV > token_logit_N1).astype(jnp.int32), axis=1)
+    # Counted in floats, exact below 2**24: XLA:CPU has such sums ready, integer ones it compiles.
+    num_better_N = jnp.sum((logits_NV > token_logit_N1).astype(jnp.float32), axis=1)
     return Logprobs(
         token_logprob_N=(token_logit_N1 - best_N1 - log_sum_N1)[:, 0],
-        rank_N=num_better_N + 1,
+        rank_N=num_better_N.astype(jnp.int32) + 1,
         top_ids_NK=top_ids_NK,
         top_logprobs_NK=top_logits_NK - best_N1 - log_sum_N1,
     )

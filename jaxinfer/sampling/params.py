@@ -10,7 +10,6 @@ Shapes: S sequences of the step's bucket, R slots (max_num_seqs), W words of a r
 import enum
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -41,6 +40,9 @@ NO_TOP_K = 2**31 - 1
 """top_k of a row that keeps all tokens."""
 
 
+_THREEFRY_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
 class _Flag(enum.IntFlag):
     """What a sequence needs of the step; everything a batch does not need is skipped."""
 
@@ -53,47 +55,129 @@ class _Flag(enum.IntFlag):
 
 
 class SamplingBatch(NamedTuple):
-    """The sampling settings of a step's sequences: arrays of shape [S], and what any row uses.
+    """The sampling settings of a step's sequences: [S] arrays, and what any row uses.
+
+    Read from the packed words where they are used: as one array they pass into the branches of a
+    conditional at the cost of one operand, and each branch's loops decode them on the way.
 
     A row that samples nothing (padding, or a prompt that is not finished) has a slot outside the
     device state, so that its updates are dropped, and no flag.
     """
 
-    slot: Array  # int32
-    output_index: Array  # int32, position in the output of the token to sample
-    temperature: Array  # float32, > 0
-    top_k: Array  # int32, NO_TOP_K for all
-    top_p: Array  # float32
-    min_p: Array  # float32
-    presence_penalty: Array  # float32
-    frequency_penalty: Array  # float32
-    repetition_penalty: Array  # float32
-    seed: Array  # uint32 [S, 2], high word first
-    is_random: Array  # bool; the others are greedy
-    use_penalties: Array  # bool
-    use_bias: Array  # bool
-    use_allowed: Array  # bool
-    use_bad_words: Array  # bool
-    ban_stop: Array  # bool: below min_tokens, so no stop token may come
-    wants_logprobs: Array  # bool
+    words_SW: Array  # int32
+
+    def _column(self, name: str) -> Array:
+        column = _COLUMN[name]
+        dtype = jnp.dtype(_FIELDS[column][1])
+        return lax.bitcast_convert_type(self.words_SW[:, column], dtype)
+
+    def _has(self, flag: _Flag) -> Array:
+        return (self._column("flags") & int(flag)) != 0
 
     @property
-    def any_random(self) -> Array:
-        return jnp.any(self.is_random)
+    def slot(self) -> Array:
+        """int32."""
+        return self._column("slot")
 
     @property
-    def any_processor(self) -> Array:
-        """Whether the logits of any row are changed before sampling (temperature aside)."""
-        changed_S = self.use_penalties | self.use_bias | self.use_allowed
-        return jnp.any(changed_S | self.use_bad_words | self.ban_stop)
+    def output_index(self) -> Array:
+        """int32: the position in the output of the token to sample."""
+        return self._column("output_index")
+
+    @property
+    def temperature(self) -> Array:
+        """float32, above 0."""
+        return self._column("temperature")
+
+    @property
+    def top_k(self) -> Array:
+        """int32, NO_TOP_K for all."""
+        return self._column("top_k")
+
+    @property
+    def top_p(self) -> Array:
+        """float32."""
+        return self._column("top_p")
+
+    @property
+    def min_p(self) -> Array:
+        """float32."""
+        return self._column("min_p")
+
+    @property
+    def presence_penalty(self) -> Array:
+        """float32."""
+        return self._column("presence_penalty")
+
+    @property
+    def frequency_penalty(self) -> Array:
+        """float32."""
+        return self._column("frequency_penalty")
+
+    @property
+    def repetition_penalty(self) -> Array:
+        """float32."""
+        return self._column("repetition_penalty")
+
+    @property
+    def seed(self) -> tuple[Array, Array]:
+        """The high and the low word, uint32."""
+        return self._column("seed_high"), self._column("seed_low")
+
+    @property
+    def is_random(self) -> Array:
+        """bool; the others are greedy."""
+        return self._has(_Flag.RANDOM)
+
+    @property
+    def use_penalties(self) -> Array:
+        """bool."""
+        return self._has(_Flag.PENALTIES)
+
+    @property
+    def use_bias(self) -> Array:
+        """bool."""
+        return self._has(_Flag.BIAS)
+
+    @property
+    def use_allowed(self) -> Array:
+        """bool."""
+        return self._has(_Flag.ALLOWED)
+
+    @property
+    def use_bad_words(self) -> Array:
+        """bool."""
+        return self._has(_Flag.BAD_WORDS)
+
+    @property
+    def wants_logprobs(self) -> Array:
+        """bool."""
+        return self._has(_Flag.LOGPROBS)
+
+    @property
+    def ban_stop(self) -> Array:
+        """bool: below min_tokens, so no stop token may come."""
+        return self.output_index < self._column("min_tokens")
 
     @property
     def uses_top_k(self) -> Array:
+        """bool."""
         return self.is_random & (self.top_k != NO_TOP_K)
 
     @property
     def uses_top_p(self) -> Array:
+        """bool."""
         return self.is_random & (self.top_p < 1.0)
+
+    @property
+    def changes_some(self) -> Array:
+        """bool: the logits of listed tokens are changed before sampling."""
+        return self.use_bad_words | self.ban_stop | self.use_bias
+
+    @property
+    def changes_all(self) -> Array:
+        """bool: the logits of any token may be changed before sampling (temperature aside)."""
+        return self.use_allowed | self.use_penalties
 
 
 def pack_sampling(params: SamplingParams, *, default_seed: int) -> np.ndarray:
@@ -145,42 +229,34 @@ def step_words(
 
 def unpack_sampling(words_SW: Array) -> SamplingBatch:
     """Reads the rows back, inside the jit. Inverse of `pack_sampling` and `step_words`."""
-    column = {
-        name: lax.bitcast_convert_type(words_SW[:, i], jnp.dtype(dtype))
-        for i, (name, dtype) in enumerate(_FIELDS)
-    }
-    flags_S = column.pop("flags")
-    min_tokens_S = column.pop("min_tokens")
-    seed_S2 = jnp.stack([column.pop("seed_high"), column.pop("seed_low")], axis=1)
-
-    def has(flag: _Flag) -> Array:
-        return (flags_S & int(flag)) != 0
-
-    return SamplingBatch(
-        **column,
-        seed=seed_S2,
-        is_random=has(_Flag.RANDOM),
-        use_penalties=has(_Flag.PENALTIES),
-        use_bias=has(_Flag.BIAS),
-        use_allowed=has(_Flag.ALLOWED),
-        use_bad_words=has(_Flag.BAD_WORDS),
-        ban_stop=column["output_index"] < min_tokens_S,
-        wants_logprobs=has(_Flag.LOGPROBS),
-    )
+    return SamplingBatch(words_SW)
 
 
 def random_bits(batch: SamplingBatch) -> Array:
     """One 32-bit random word a row, uint32 [S]: a function of the row's seed and output index.
 
-    Counter based (Threefry; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011),
-    so a token never depends on the slot, the bucket or the neighbours of its sequence.
+    Counter based, so a token never depends on the slot, the bucket or the neighbours of its
+    sequence.
     """
+    index_S = lax.bitcast_convert_type(batch.output_index, jnp.uint32)
+    return threefry_2x32(batch.seed, (index_S, jnp.zeros_like(index_S)))[0]
 
-    def bits_of(seed_2: Array, output_index: Array) -> Array:
-        key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
-        return jax.random.bits(jax.random.fold_in(key, output_index), dtype=jnp.uint32)
 
-    return jax.vmap(bits_of)(batch.seed, batch.output_index)
+def threefry_2x32(key: tuple[Array, Array], counter: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Threefry-2x32 with 20 rounds, on uint32 arrays of one shape.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Written out, because that
+    compiles to one loop; `jax.random` makes fifteen of it.
+    """
+    keys = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
+    left, right = counter[0] + keys[0], counter[1] + keys[1]
+    for group in range(5):
+        for distance in _THREEFRY_ROTATIONS[group % 2]:
+            left = left + right
+            right = left ^ (right << distance | right >> (32 - distance))
+        left = left + keys[(group + 1) % 3]
+        right = right + keys[(group + 2) % 3] + jnp.uint32(group + 1)
+    return left, right
 
 
 def _flags(params: SamplingParams) -> _Flag:

@@ -42,7 +42,7 @@ def sample(
         return _process_and_choose(masked(logits_CV), batch, state)
 
     sampled = lax.cond(
-        batch.any_random | batch.any_processor,
+        jnp.any(batch.is_random | batch.changes_some | batch.changes_all),
         lambda: _map_rows(choose, logits_SV, batch),
         lambda: _checked(argmax_tokens(masked(logits_SV))),
     )
@@ -74,15 +74,10 @@ def _map_rows(
 
 
 def _process_and_choose(logits_SV: Array, batch: SamplingBatch, state: SamplerState) -> Sampled:
-    logits_SV = lax.cond(
-        batch.any_processor,
-        lambda logits_SV: process_logits(logits_SV, batch, state),
-        lambda logits_SV: logits_SV,
-        logits_SV,
-    )
+    logits_SV = process_logits(logits_SV, batch, state)
     best = argmax_tokens(logits_SV)
     token_S = lax.cond(
-        batch.any_random,
+        jnp.any(batch.is_random),
         lambda: draw_tokens(logits_SV, best, batch, random_bits(batch)),
         lambda: best.token_S,
     )

@@ -12,6 +12,7 @@ from jaxinfer.server import generation, sse
 from jaxinfer.server.answer import Answer, begin_answer, run_final
 from jaxinfer.server.body import parse, read_json, show
 from jaxinfer.server.generation import Job, PromptOutput, prepare
+from jaxinfer.server.logprobs import TextOffsets
 from jaxinfer.server.protocol import CompletionRequest, check_common, refuse_unsupported
 from jaxinfer.server.sampling import Sampling, completion_sampling
 from jaxinfer.server.shapes import check_choice
@@ -103,7 +104,7 @@ class _Completions:
         )
         num_choices = len(job.prompts) * job.n
         self._texts: dict[int, sse.TextFrames] = {}
-        self._offsets = [0] * num_choices
+        self._offsets: dict[int, TextOffsets] = {}
         self._is_begun = [False] * num_choices
         self._prompt_entries: dict[int, list[dict[int, Logprob] | None]] = {}
 
@@ -178,16 +179,22 @@ class _Completions:
     def _logprobs(
         self, index: int, prompt_index: int, choice: CompletionOutput, *, echo: bool
     ) -> dict[str, Any]:
+        prompt = self._prompts[prompt_index]
+        offsets = self._offsets.get(index)
+        if offsets is None:
+            offsets = self._offsets[index] = TextOffsets(
+                self._serving.tokenizer, prompt.prompt_token_ids, prompt.params
+            )
         token_ids = list(choice.token_ids)
         entries: list[Mapping[int, Logprob] | None] = list(choice.logprobs or [])
+        begins: list[int] = []
         if echo:
-            prompt_ids = self._prompts[prompt_index].prompt_token_ids
+            prompt_ids = prompt.prompt_token_ids
             known = self._prompt_entries.get(prompt_index) or [None] * len(prompt_ids)
+            begins = offsets.of_prompt(self._prompt_text(prompt))
             token_ids, entries = [*prompt_ids, *token_ids], [*known, *entries]
-        shown, self._offsets[index] = self._answer.logprobs.completion(
-            token_ids, entries, text_offset=self._offsets[index]
-        )
-        return shown
+        begins += offsets.of_output(choice.token_ids)
+        return self._answer.logprobs.completion(token_ids, entries, begins)
 
     def _prompt_text(self, prompt: ValidatedPrompt) -> str:
         is_whole = prompt.params.truncate_prompt_tokens is None

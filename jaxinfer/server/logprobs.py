@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxinfer.core.outputs import Logprob
+from jaxinfer.core.sampling_params import SamplingParams
+from jaxinfer.tokenizer.detokenizer import IncrementalDetokenizer
 from jaxinfer.tokenizer.tokenizer import Tokenizer
 
+_REPLACEMENT = "\ufffd"
 LOWEST_LOGPROB = -9999.0  # JSON has no -Infinity; the value is OpenAI's
 
 Entry = Mapping[int, Logprob]
@@ -47,28 +50,26 @@ class LogprobFormatter:
         }
 
     def completion(
-        self, token_ids: Sequence[int], entries: Sequence[Entry | None], *, text_offset: int
-    ) -> tuple[dict[str, Any], int]:
-        """`logprobs` of a completion choice from `text_offset` on, and the offset after it."""
+        self,
+        token_ids: Sequence[int],
+        entries: Sequence[Entry | None],
+        text_offsets: Sequence[int],
+    ) -> dict[str, Any]:
+        """`logprobs` of a completion choice, or of a part of one."""
         tokens: list[str] = []
         logprobs: list[float | None] = []
         tops: list[dict[str, float] | None] = []
-        offsets: list[int] = []
         for token_id, entry in zip(token_ids, entries, strict=True):
             logprob = entry.get(token_id) if entry else None
-            token = self.token(token_id, logprob)
-            tokens.append(token)
-            offsets.append(text_offset)
-            text_offset += len(token)
+            tokens.append(self.token(token_id, logprob))
             logprobs.append(max(logprob.logprob, LOWEST_LOGPROB) if logprob else None)
             tops.append(self._completion_top(entry) if entry else None)
-        shown = {
-            "text_offset": offsets,
+        return {
+            "text_offset": list(text_offsets),
             "token_logprobs": logprobs,
             "tokens": tokens,
             "top_logprobs": tops,
         }
-        return shown, text_offset
 
     def _completion_top(self, entry: Entry) -> dict[str, float]:
         top: dict[str, float] = {}
@@ -90,3 +91,48 @@ class LogprobFormatter:
             }
             for token_id, logprob in entry.items()
         }
+
+
+class TextOffsets:
+    """Where each token of a choice begins in the choice's text, in characters.
+
+    The length of a token's own text would not do: parts of a character are U+FFFD each, and the
+    special tokens are not in the text at all.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._prompt_token_ids = prompt_token_ids
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer,
+            prompt_token_ids,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
+        self._end = 0
+
+    def of_prompt(self, text: str) -> list[int]:
+        """Of the prompt's tokens, shown as `text`, behind which the output then begins."""
+        detokenizer = IncrementalDetokenizer(self._tokenizer, (), skip_special_tokens=False)
+        begins = self._advance(detokenizer, self._prompt_token_ids)
+        # What the tokenizer itself put in front (<s>) is not in the text that the client sent.
+        hidden = max(0, self._end + len(detokenizer.finish()) - len(text))
+        self._end = len(text)
+        return [min(max(0, begin - hidden), len(text)) for begin in begins]
+
+    def of_output(self, token_ids: Sequence[int]) -> list[int]:
+        """Of the next tokens of the output."""
+        return self._advance(self._detokenizer, token_ids)
+
+    def _advance(self, detokenizer: IncrementalDetokenizer, token_ids: Sequence[int]) -> list[int]:
+        begins = []
+        for token_id in token_ids:
+            text = detokenizer.append((token_id,))
+            own = self._tokenizer.token_text(token_id).rstrip(_REPLACEMENT)
+            # A broken character that earlier tokens left comes with this token, and before it.
+            num_earlier = len(text) - len(own) if own and text.endswith(own) else 0
+            begins.append(self._end + num_earlier)
+            self._end += len(text)
+        return begins

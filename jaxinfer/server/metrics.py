@@ -93,6 +93,9 @@ class EngineMetrics:
 
         tokens = _token_buckets(info.max_model_len)
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that ended.")
+        self._cached_tokens = counter(
+            "prompt_tokens_cached", "Prompt tokens of requests that ended, found in the cache."
+        )
         self._generation_tokens = counter("generation_tokens", "Tokens generated.")
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
         self._itl = histogram("inter_token_latency_seconds", "Token to next token.", _ITL_S)
@@ -113,6 +116,9 @@ class EngineMetrics:
         self._request_prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", tokens)
         self._request_output = histogram(
             "request_generation_tokens", "Tokens generated for a request.", tokens
+        )
+        self._request_longest = histogram(
+            "request_max_num_generation_tokens", "Tokens of a request's longest choice.", tokens
         )
         self._params_n = histogram("request_params_n", "n of a request.", _CHOICES)
         self._params_max = histogram(
@@ -141,8 +147,10 @@ class EngineMetrics:
     def on_finished(self, event: FinishedEvent) -> None:
         """The engine's hook: a request has ended, or its client has gone."""
         self._prompt_tokens.inc(event.num_prompt_tokens)
+        self._cached_tokens.inc(event.num_cached_tokens)
         self._request_prompt.observe(event.num_prompt_tokens)
         self._request_output.observe(event.num_output_tokens)
+        self._request_longest.observe(event.longest_output_tokens)
         self._params_n.observe(event.params.n)
         if event.params.max_tokens is not None:
             self._params_max.observe(event.params.max_tokens)

@@ -6,6 +6,7 @@ The socket is bound before anything is loaded, so a port in use is known at once
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 import threading
@@ -59,11 +60,22 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"--port={port}: cannot listen on {host}:{port} ({error.strerror}). Choose another "
-            "port (0 picks a free one) or stop what uses it."
-        ) from error
+        raise ConfigError(_bind_problem(error, host, port)) from error
     return listener
+
+
+def _bind_problem(error: OSError, host: str, port: int) -> str:
+    match error.errno:
+        case errno.EADDRNOTAVAIL:
+            return (
+                f"--host={host!r} is not an address of this machine. Use 127.0.0.1 for clients on "
+                "this machine only, or 0.0.0.0 for all."
+            )
+        case errno.EACCES:
+            repair = "Choose a port from 1024 up (0 picks a free one)."
+        case _:
+            repair = "Choose another port (0 picks a free one) or stop what uses it."
+    return f"--port={port}: cannot listen on {host}:{port} ({error.strerror}). {repair}"
 
 
 class _Server:
@@ -159,33 +171,28 @@ def _load(config: EngineConfig, progress: "_StartupLog") -> LoadedModel:
 
 
 class _StartupLog:
-    """Start-up phases: what /ready says, and log lines with seconds. Callable from any thread."""
+    """Start-up phases: what /ready says, and a log line while a long one runs. For any thread.
+
+    (The beginning and the end of a phase are logged by who does the work.)
+    """
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
-        self._phase: str | None = None
-        self._began_s = self._phase_began_s = self._told_s = time.monotonic()
+        self._phase = ""
+        self._began_s = self._told_s = time.monotonic()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now_s = time.monotonic()
         shown = f"{phase} {done}/{total}" if total else phase
         self._state.phase = shown
         if phase != self._phase:
-            self._end_phase(now_s)
-            self._phase, self._phase_began_s, self._told_s = phase, now_s, now_s
-            logger.info("%s ...", phase)
+            self._phase, self._told_s = phase, now_s
         elif now_s - self._told_s > _PROGRESS_EVERY_S:
             self._told_s = now_s
             logger.info("%s", shown)
 
-    def _end_phase(self, now_s: float) -> None:
-        if self._phase is not None:
-            logger.info("%s took %.1f s", self._phase, now_s - self._phase_began_s)
-
     def end(self) -> None:
-        now_s = time.monotonic()
-        self._end_phase(now_s)
-        logger.info("start-up took %.1f s", now_s - self._began_s)
+        logger.info("start-up took %.1f s", time.monotonic() - self._began_s)
 
 
 async def _in_thread(work: Callable[[], _T]) -> _T:

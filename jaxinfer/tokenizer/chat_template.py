@@ -121,7 +121,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
             syntax = environment.parse(source)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise ConfigError(f"The chat template is not valid Jinja: {error}.") from error
+            problem = str(error).rstrip(".")
+            raise ConfigError(f"The chat template is not valid Jinja: {problem}.") from error
         self._wants_parts = _iterates_content(syntax)
         self._takes_strings = not self._wants_parts or _tests_for_string(syntax)
 

@@ -26,6 +26,16 @@ _TOKEN_NAMES = (
     "mask_token",
 )
 _EXTRA_KEYS = ("extra_special_tokens", "additional_special_tokens")
+# What transformers can make a tokenizer of. Without any, it need not be imported (seconds).
+_CONVERTIBLE_FILES = (
+    "tokenizer.model",
+    "*.tiktoken",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 _ADDED_TOKEN_FIELDS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -60,9 +70,14 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"Cannot read {path}: {error}.") from error
+        raise CheckpointError(
+            f"{path} cannot be read as JSON: {error}. Repair it or download the model again."
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object.")
+        raise CheckpointError(
+            f"{path} must hold a JSON object, not {type(value).__name__}. Repair it or download "
+            "the model again."
+        )
     return value
 
 
@@ -70,7 +85,10 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001  (the Rust library raises bare Exception)
-        raise CheckpointError(f"Cannot read {path}: {error}.") from error
+        raise CheckpointError(
+            f"{path} is no tokenizer that can be read: {error}. Download the model again, or name "
+            "another tokenizer with --tokenizer."
+        ) from error
 
 
 def _convert_with_transformers(
@@ -80,6 +98,11 @@ def _convert_with_transformers(
 
     The returned config names the special tokens that the tokenizer's class brings along.
     """
+    if not any(any(directory.glob(pattern)) for pattern in _CONVERTIBLE_FILES):
+        raise CheckpointError(
+            f"{directory} has no tokenizer: no tokenizer.json and none of "
+            f"{', '.join(_CONVERTIBLE_FILES)}. Name a directory that has one with --tokenizer."
+        )
     from transformers import AutoTokenizer, TokenizersBackend
 
     try:
@@ -89,7 +112,7 @@ def _convert_with_transformers(
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{directory} has no tokenizer.json, and transformers cannot make a tokenizer of it: "
-            f"{error} Name another tokenizer with --tokenizer."
+            f"{' '.join(str(error).split())} Name another tokenizer with --tokenizer."
         ) from error
     if not isinstance(converted, TokenizersBackend):
         raise CheckpointError(

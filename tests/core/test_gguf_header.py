@@ -67,7 +67,9 @@ def test_every_float32_survives(tmp_path: Path):
     path = write_gguf(tmp_path / "floats.gguf", {}, plain={"floats": values.tolist()})
     read = read_gguf_header(path).metadata["floats"]
     assert np.array_equal(np.array(read, np.float32), values)
-    assert all(float(str(value)) == back for value, back in zip(values, read, strict=True))
+    normal = np.abs(values) >= np.finfo(np.float32).tiny
+    shortest = [float(str(value)) for value in values[normal]]
+    assert shortest == np.array(read)[normal].tolist()
 
 
 def test_infinities_and_nan_are_read(tmp_path: Path):
@@ -93,6 +95,7 @@ def test_a_header_cut_anywhere_names_file_and_sizes(small: Path, tmp_path: Path)
 def test_files_that_are_no_gguf(small: Path, tmp_path: Path):
     whole = small.read_bytes()
     first_pair = whole[:24]
+    nested = struct.pack("<IQ", 9, 1) * 99
     cases = [
         (b"PK\3\4" + whole[4:], "not a GGUF file"),
         (whole[:4] + (9).to_bytes(4, "little") + whole[8:], "GGUF version 9"),
@@ -104,7 +107,7 @@ def test_files_that_are_no_gguf(small: Path, tmp_path: Path):
         (first_pair + struct.pack("<Q1sIIQ", 1, b"a", 9, 4, 2**60), "cut short"),
         (first_pair + struct.pack("<Q1sI", 1, b"a", 99) + bytes(500), "type 99"),
         (first_pair + struct.pack("<Q1s", 1, b"\xff") + bytes(500), "not UTF-8"),
-        (first_pair + struct.pack("<Q1s", 1, b"a") + struct.pack("<IIQ", 9, 9, 1) * 99, "deeply"),
+        (first_pair + struct.pack("<Q1sI", 1, b"a", 9) + nested, "nested too deeply"),
     ]
     wrong = tmp_path / "wrong.gguf"
     for content, message in cases:

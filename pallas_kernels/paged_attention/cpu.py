@@ -1,0 +1,60 @@
+"""Ragged paged attention on CPUs in C++ (native/paged_attention.cc), called through XLA's FFI.
+
+See api.PagedAttention; per-step metadata and storage are those of xla.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pallas_kernels.native.library import NativeKernels
+from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention.api import AttentionBatch, AttentionSpec, PagedAttention
+
+_PAGES_OPERAND, _PAGES_RESULT = 3, 1
+
+
+def make_paged_attention(native: NativeKernels) -> PagedAttention:
+    """The op in C++; a layer with a soft cap takes the XLA implementation."""
+    assert native.is_available, native.reason
+
+    def paged_attention(
+        q_TKGH: Array,
+        k_TKH: Array,
+        v_TKH: Array,
+        pages_PKBC: Array,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+    ) -> tuple[Array, Array]:
+        # Stored as bits, 16-bit pages may be float16 as well, which the kernel does not know.
+        is_known = pages_PKBC.dtype == jnp.float32 or q_TKGH.dtype == jnp.bfloat16
+        if spec.soft_cap is not None or not is_known:
+            return xla.paged_attention(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch, spec)
+        layout, places = batch.layout, batch.places
+        call = jax.ffi.ffi_call(
+            native.paged_attention,
+            (
+                jax.ShapeDtypeStruct(q_TKGH.shape, jnp.float32),
+                jax.ShapeDtypeStruct(pages_PKBC.shape, pages_PKBC.dtype),
+            ),
+            input_output_aliases={_PAGES_OPERAND: _PAGES_RESULT},
+        )
+        out_TKGH, pages_PKBC = call(
+            q_TKGH.astype(jnp.float32),
+            k_TKH.astype(jnp.float32),
+            v_TKH.astype(jnp.float32),
+            pages_PKBC,
+            places.page_T,
+            places.offset_T,
+            layout.slots_S,
+            layout.starts_S,
+            layout.query_starts_S1,
+            layout.num_seqs,
+            layout.page_table_RM,
+            scale=np.float32(spec.scale),
+            window=np.int64(spec.window or 0),
+        )
+        return out_TKGH.astype(q_TKGH.dtype), pages_PKBC
+
+    return paged_attention

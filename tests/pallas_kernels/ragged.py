@@ -1,0 +1,146 @@
+"""Random ragged steps for the paged attention op, and its answer by dense softmax in numpy.
+
+Everything that a backend must not read is NaN: pages of nobody, places that no token has reached,
+and the queries, keys and values of padding.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from hypothesis import strategies as st
+
+from pallas_kernels.paged_attention.api import AttentionSpec, StepLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The static sizes of a step; the letters are those of api.py."""
+
+    T: int
+    S: int
+    K: int
+    G: int
+    H: int
+    B: int
+    M: int
+    P: int
+    dtype: str
+
+    @property
+    def np_dtype(self) -> np.dtype:
+        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+
+    @property
+    def num_slots(self) -> int:
+        return self.S + 3
+
+
+class Sequence(NamedTuple):
+    """Tokens of a sequence that are in the cache, and those that the step adds."""
+
+    num_cached: int
+    num_new: int
+
+    @property
+    def length(self) -> int:
+        return self.num_cached + self.num_new
+
+
+class Step(NamedTuple):
+    """Inputs of the op, and what must come of them."""
+
+    layout: StepLayout  # numpy
+    q_TKGH: np.ndarray
+    k_TKH: np.ndarray
+    v_TKH: np.ndarray
+    pages_PKBC: np.ndarray
+    expected_TKGH: np.ndarray  # float64; rows of padding are NaN
+    new_pages_PKBC: np.ndarray
+
+
+@st.composite
+def sequences(draw: st.DrawFn, shapes: Shapes, *, decode_only: bool) -> list[Sequence]:
+    """Decodes first, then chunks, as many as fit; lengths lie often at the edge of a page."""
+    page, longest = shapes.B, shapes.M * shapes.B
+    edges = sorted({n for m in (1, 2, shapes.M) for n in (m * page - 1, m * page, m * page + 1)})
+    lengths = st.one_of(st.sampled_from(edges), st.integers(0, longest))
+    found: list[Sequence] = []
+    tokens_left, pages_left = shapes.T, shapes.P
+    for _ in range(draw(st.integers(0, shapes.S))):
+        num_new = 1 if decode_only or draw(st.booleans()) else draw(lengths)
+        num_new = max(1, min(num_new, tokens_left, longest))
+        num_cached = min(draw(lengths), longest - num_new, pages_left * page - num_new)
+        if tokens_left < num_new or num_cached < 0:
+            break
+        found.append(Sequence(num_cached, num_new))
+        tokens_left -= num_new
+        pages_left -= -(-found[-1].length // page)
+    return sorted(found, key=lambda sequence: sequence.num_new > 1)
+
+
+def make_step(sequences: list[Sequence], shapes: Shapes, spec: AttentionSpec, *, seed: int) -> Step:
+    """A step of these sequences with random contents."""
+    rng = np.random.default_rng(seed)
+    dtype = shapes.np_dtype
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(dtype)
+
+    q_TKGH = np.full((shapes.T, shapes.K, shapes.G, shapes.H), np.nan, dtype)
+    k_TKH = np.full((shapes.T, shapes.K, shapes.H), np.nan, dtype)
+    v_TKH = np.full_like(k_TKH, np.nan)
+    pages_PKBC = np.full((shapes.P, shapes.K, shapes.B, 2 * shapes.H), np.nan, dtype)
+    expected_TKGH = np.full(q_TKGH.shape, np.nan)
+    # Columns behind a sequence's pages hold what was there before: pages of others, or of nobody.
+    table_RM = rng.integers(0, shapes.P, (shapes.num_slots, shapes.M), dtype=np.int32)
+    slots = rng.permutation(shapes.num_slots)[: shapes.S].astype(np.int32)
+    free_pages = list(rng.permutation(shapes.P))
+    new_pages_PKBC = pages_PKBC.copy()
+    start = 0
+    for slot, sequence in zip(slots, sequences, strict=False):
+        rows = slice(start, start + sequence.num_new)
+        start += sequence.num_new
+        kv_XKC = normal(sequence.length, shapes.K, 2 * shapes.H)
+        q_TKGH[rows] = normal(sequence.num_new, shapes.K, shapes.G, shapes.H)
+        k_TKH[rows] = kv_XKC[sequence.num_cached :, :, : shapes.H]
+        v_TKH[rows] = kv_XKC[sequence.num_cached :, :, shapes.H :]
+        for position in range(sequence.length):
+            column, place = divmod(position, shapes.B)
+            if place == 0:
+                table_RM[slot, column] = free_pages.pop()
+            page = table_RM[slot, column]
+            new_pages_PKBC[page, :, place] = kv_XKC[position]
+            if position < sequence.num_cached:
+                pages_PKBC[page, :, place] = kv_XKC[position]
+        expected_TKGH[rows] = dense_attention(q_TKGH[rows], kv_XKC, spec)
+    lengths = [sequence.num_new for sequence in sequences]
+    padding = shapes.S - len(sequences)
+    layout = StepLayout(
+        slots_S=slots,
+        starts_S=np.array([s.num_cached for s in sequences] + [0] * padding, np.int32),
+        query_starts_S1=np.cumsum([0, *lengths, *[0] * padding], dtype=np.int32),
+        num_seqs=np.int32(len(sequences)),
+        num_decodes=np.int32(lengths.count(1)),
+        page_table_RM=table_RM,
+    )
+    return Step(layout, q_TKGH, k_TKH, v_TKH, pages_PKBC, expected_TKGH, new_pages_PKBC)
+
+
+def dense_attention(q_TKGH: np.ndarray, kv_XKC: np.ndarray, spec: AttentionSpec) -> np.ndarray:
+    """The last T tokens of one sequence of X attend to it; float64 [T, K, G, H]."""
+    num_tokens, head_dim = q_TKGH.shape[0], q_TKGH.shape[-1]
+    key_XKH, value_XKH = np.split(kv_XKC.astype(np.float64), [head_dim], axis=-1)
+    logits_TKGX = spec.scale * np.einsum("TKGH,XKH->TKGX", q_TKGH.astype(np.float64), key_XKH)
+    if spec.soft_cap is not None:
+        logits_TKGX = spec.soft_cap * np.tanh(logits_TKGX / spec.soft_cap)
+    key = np.arange(len(kv_XKC))
+    query = key[len(kv_XKC) - num_tokens :, None]
+    visible_TX = key <= query
+    if spec.window is not None:
+        visible_TX &= key > query - spec.window
+    logits_TKGX = np.where(visible_TX[:, None, None], logits_TKGX, -np.inf)
+    weights_TKGX = np.exp(logits_TKGX - logits_TKGX.max(axis=-1, keepdims=True))
+    weights_TKGX /= weights_TKGX.sum(axis=-1, keepdims=True)
+    return np.einsum("TKGX,XKH->TKGH", weights_TKGX, value_XKH)
