@@ -1,14 +1,14 @@
 """The exceptions that users meet. Knows nothing of HTTP, JAX or any other part of jaxinfer.
 
-    JaxInferError
-    |- UserError (also ValueError)      something the user can repair; the message says how
-    |  |- ConfigError                   a flag, a YAML key, a combination of settings
-    |  |- CheckpointError               a model directory or file that cannot be used as it is
-    |  |- ModelNotFoundError            a model name that is not served, or cannot be found
-    |  `- RequestError                  one request; `param` names the field
-    |- CapacityError                    does not fit: memory, devices
-    |- QueueFullError                   the waiting queue is at its limit; try again after `retry_after_s`
-    `- EngineDeadError                  the engine process is gone; open requests have failed
+JaxInferError
+|- UserError (also ValueError)      something the user can repair; the message says how
+|  |- ConfigError                   a flag, a YAML key, a combination of settings
+|  |- CheckpointError               a model directory or file that cannot be used as it is
+|  |- ModelNotFoundError            a model name that is not served, or cannot be found
+|  `- RequestError                  one request; `param` names the field
+|- CapacityError                    does not fit: memory, devices
+|- QueueFullError                   the waiting queue is at its limit; has `retry_after_s`
+`- EngineDeadError                  the engine process is gone; open requests have failed
 """
 
 

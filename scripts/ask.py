@@ -7,6 +7,7 @@ import argparse
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 POLL_S = 0.2
+SHOW_EVERY_S = 10.0
+AMOUNT = re.compile(r" \d+/\d+( MiB)?$")
 STOP_S = 20.0
 
 CURL = """
@@ -49,18 +52,51 @@ def not_ready(url: str) -> str | None:
         return ""
 
 
-def wait_until_ready(url: str, is_running: Callable[[], bool], *, show: bool) -> bool:
-    """True once the server is ready; False when it has ended before. Shows each change of phase."""
-    shown = ""
-    while is_running():
-        state = not_ready(url)
-        if state is None:
-            return True
-        if show and state and state != shown:
-            shown = state
-            print(shown, file=sys.stderr)
-        time.sleep(POLL_S)
-    return False
+class Phases:
+    """Shows how far the start is: one moving line on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._phase = self._text = ""
+        self._shown_s = self._began_s = time.monotonic()
+
+    def show(self, message: str) -> None:
+        """`message` is what /ready says: "Not ready: starting: compile 3/10." """
+        text = message.removeprefix("Not ready: ").removeprefix("starting: ").rstrip(".")
+        if not text:
+            return
+        phase, now_s = AMOUNT.sub("", text), time.monotonic()
+        is_new = phase != self._phase
+        if is_new:
+            self.end()
+            self._phase, self._began_s = phase, now_s
+        if self._is_terminal:
+            print(f"\r\x1b[K  {text} ({now_s - self._began_s:.0f} s)", end="", file=sys.stderr)
+            sys.stderr.flush()
+        elif is_new or (now_s - self._shown_s > SHOW_EVERY_S and text != self._text):
+            self._shown_s, self._text = now_s, text
+            print(f"  {text} ...", file=sys.stderr)
+
+    def end(self) -> None:
+        """The phase is over: on a terminal its line stays."""
+        if self._is_terminal and self._phase:
+            print(file=sys.stderr)
+
+
+def wait_until_ready(url: str, is_running: Callable[[], bool], phases: Phases | None) -> bool:
+    """True once the server is ready; False when it has ended before."""
+    try:
+        while is_running():
+            state = not_ready(url)
+            if state is None:
+                return True
+            if phases is not None:
+                phases.show(state)
+            time.sleep(POLL_S)
+        return False
+    finally:
+        if phases is not None:
+            phases.end()
 
 
 def stream_answer(url: str, question: str) -> None:
@@ -98,9 +134,12 @@ def ask(question: str, flags: Sequence[str]) -> int:
     server = subprocess.Popen(command, stdout=sys.stderr)  # stdout is for the answer
     url = f"http://127.0.0.1:{port}"
     try:
-        print("Starting the server ...", file=sys.stderr)
+        print(
+            "Starting the server (the first start compiles, and keeps the result) ...",
+            file=sys.stderr,
+        )
         start_s = time.monotonic()
-        if not wait_until_ready(url, lambda: server.poll() is None, show=True):
+        if not wait_until_ready(url, lambda: server.poll() is None, Phases()):
             print(f"The server ended with status {server.wait()}.", file=sys.stderr)
             return 1
         print(f"Ready after {time.monotonic() - start_s:.1f} s.", file=sys.stderr)
@@ -128,7 +167,7 @@ def process_exists(pid: int) -> bool:
 
 def announce(url: str, pid: int) -> int:
     """Prints a curl line when the server of process `pid` is ready."""
-    if wait_until_ready(url, lambda: process_exists(pid), show=False):
+    if wait_until_ready(url, lambda: process_exists(pid), None):
         print(CURL.format(url=url), flush=True)
     return 0
 

@@ -4,10 +4,11 @@
     .venv/bin/pip install torch==2.13.0 transformers==5.23.0
     .venv/bin/python scripts/make_golden.py [NAME ...]
 
-Made with those versions on a CPU, in float32. Each model is a Hugging Face directory with one more
-file, golden.npz: `prompt` [T] token ids, `logits` [T, V] float32, `greedy` [G] token ids that
-follow the prompt. Weights are spread widely, so that logits differ and no two tokens are near a
-tie. Knows transformers only: nothing of jaxinfer may take part in what jaxinfer is tested against.
+Made with those versions on a CPU. Each model is a Hugging Face directory with one more file,
+golden.npz: `prompt` [T] token ids, `logits` [T, V] in float32, `greedy` [G] token ids that follow
+the prompt, and `bfloat16_error`, of transformers' own logits in bfloat16. Weights are spread
+widely, so that logits differ and no greedy token is near a tie. Knows transformers only: nothing
+of jaxinfer may take part in what jaxinfer is tested against.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 GOLDEN_DIR = Path(__file__).parent.parent / "tests" / "golden"
 NUM_PROMPT, NUM_GREEDY = 72, 24
@@ -93,12 +95,13 @@ MODELS: Mapping[str, GoldenModel] = {
     "qwen2_rope_yarn": GoldenModel(
         "qwen2",
         {
+            "max_position_embeddings": 96,
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 10000.0,
                 "factor": 4.0,
                 "original_max_position_embeddings": 24,
-            }
+            },
         },
     ),
     "qwen2_mixed_windows": GoldenModel(
@@ -132,7 +135,6 @@ MODELS: Mapping[str, GoldenModel] = {
 
 def build_model(golden: GoldenModel, seed: int) -> PreTrainedModel:
     """A model of seeded random weights, rounded to the dtype they are kept in."""
-    # The scaling of positions is what some models are about: theirs is not filled from defaults.
     config = CONFIG_MAPPING[golden.model_type](**{**COMMON, **golden.config})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.eval()
@@ -161,6 +163,14 @@ def run_greedy(model: PreTrainedModel, prompt: np.ndarray) -> tuple[np.ndarray, 
     return logits_TV[: len(prompt)], np.array(greedy, np.int32)
 
 
+def measure_bfloat16(directory: Path, prompt: np.ndarray, logits_TV: np.ndarray) -> np.float32:
+    """Root mean square of what bfloat16 changes in the logits, relative to the largest logit."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    with torch.no_grad():
+        found_TV = model(torch.tensor([prompt.tolist()])).logits[0].float().numpy()
+    return np.float32(np.sqrt(np.mean((found_TV - logits_TV) ** 2)) / np.abs(logits_TV).max())
+
+
 def write_golden(name: str, golden: GoldenModel) -> None:
     """Tries seeds until no greedy token is near a tie."""
     vocab_size = golden.config.get("vocab_size", COMMON["vocab_size"])
@@ -177,10 +187,14 @@ def write_golden(name: str, golden: GoldenModel) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     model.to(golden.dtype).save_pretrained(directory, max_shard_size=golden.max_shard_size)
     (directory / "generation_config.json").unlink(missing_ok=True)
-    np.savez_compressed(directory / "golden.npz", prompt=prompt, logits=logits_TV, greedy=greedy)
+    error = measure_bfloat16(directory, prompt, logits_TV)
+    arrays = {"prompt": prompt, "logits": logits_TV, "greedy": greedy, "bfloat16_error": error}
+    np.savez_compressed(directory / "golden.npz", **arrays)
     if name == "llama_rope_llama3":
         write_version_4_config(directory)
     num_bytes = sum(file.stat().st_size for file in directory.iterdir())
+    for file in directory.iterdir():
+        file.chmod(0o644)
     print(f"{name}: seed {seed}, logits to {np.abs(logits_TV).max():.1f}, {num_bytes} bytes")
 
 
@@ -201,6 +215,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(MODELS), metavar="NAME")
     names = parser.parse_args().names
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     for name in names:
         write_golden(name, MODELS[name])
 

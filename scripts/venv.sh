@@ -25,7 +25,7 @@ print(hashlib.sha256(text.encode()).hexdigest())'
 
 # ensure_venv EXTRA: EXTRA is "" (what serving needs), "test" or "dev" (test and the linters).
 ensure_venv() {
-    local extra=$1 have wanted=("$1") stamp quiet=--quiet
+    local extra=$1 have wanted=("$1") stamp quiet=-qq
     [[ $extra == "" ]] && wanted=("" test dev)
     [[ $extra == test ]] && wanted=(test dev)
     if [[ ! -x $VENV/bin/python ]]; then
@@ -43,8 +43,8 @@ ensure_venv() {
     for have in "${wanted[@]}"; do
         [[ -f $VENV/.installed-${have:-base} && $(<"$VENV/.installed-${have:-base}") == "$stamp" ]] && return
     done
-    echo "Installing jaxinfer${extra:+[$extra]} into $VENV ..." >&2
-    [[ -t 2 ]] && quiet="" # pip shows its progress on a terminal
+    echo "Installing jaxinfer${extra:+[$extra]} into $VENV (a minute or two) ..." >&2
+    [[ -t 2 ]] && quiet="" # pip shows its progress on a terminal; else only what went wrong
     "$VENV/bin/python" -m pip install $quiet --disable-pip-version-check \
         --editable ".${extra:+[$extra]}" >&2
     echo "$stamp" >"$VENV/.installed-${extra:-base}"

@@ -46,17 +46,21 @@ def _version(package: str) -> str | None:
 def _devices() -> dict[str, Any]:
     import jax
 
+    from jaxinfer.runner.memory import available_cpu_bytes
+
     try:
         devices = jax.local_devices()
     except RuntimeError as error:  # a plugin is installed but its device is absent or busy
         return {"error": str(error)}
     first = devices[0]
     stats = first.memory_stats() or {}
+    # A CPU's memory is shared with all else: what counts is what can be had now.
+    memory = available_cpu_bytes() if first.platform == "cpu" else stats.get("bytes_limit")
     return {
         "platform": first.platform,
         "kind": first.device_kind,
         "count": len(devices),
-        "memory_bytes": stats.get("bytes_limit"),
+        "memory_bytes": memory,
     }
 
 
@@ -98,10 +102,14 @@ def collect() -> dict[str, Any]:
 
 def _print_section(title: str, rows: dict[str, Any]) -> None:
     print(f"{title}:")
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        if name.endswith("_bytes") and value is not None:
-            value = f"{value / 2**20:.1f} MiB"  # noqa: PLW2901
+    shown = {
+        name.removesuffix("_bytes"): (
+            f"{value / 2**20:,.1f} MiB" if name.endswith("_bytes") and value is not None else value
+        )
+        for name, value in rows.items()
+    }
+    width = max(map(len, shown))
+    for name, value in shown.items():
         print(f"  {name:<{width}}  {value}")
 
 

@@ -13,9 +13,9 @@ from typing import Self
 
 from jaxinfer.config.schema import EngineConfig
 from jaxinfer.core.outputs import RequestOutput
+from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.engine.async_engine import AsyncEngine
-from jaxinfer.engine.build import ProgressCallback
 from jaxinfer.engine.client import ProcessClient
 from jaxinfer.engine.model_source import LoadedModel, load_model_tokenizer
 from jaxinfer.engine.progress import start_progress

@@ -108,7 +108,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class StepUpdate(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="update"):
-    """Core -> client, after each step that changed something."""
+    """Core -> client, after each step; without sequences it still brings the figures."""
 
     sequences: list[SequenceUpdate]
     stats: EngineStats

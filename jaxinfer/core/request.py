@@ -7,7 +7,7 @@ from jaxinfer.core.sampling_params import SamplingParams
 
 
 class FinishReason(enum.StrEnum):
-    """Why a request ended; the values are the API's."""
+    """Why a request ended, in the API's words; "error" reaches users as an HTTP status."""
 
     STOP = "stop"
     LENGTH = "length"

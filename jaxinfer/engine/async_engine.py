@@ -13,9 +13,9 @@ from typing import Any
 from jaxinfer.config.load import engine_config_from_kwargs
 from jaxinfer.core.messages import EngineInfo, EngineStats, Failed, Rejected, StepUpdate
 from jaxinfer.core.outputs import RequestOutput
+from jaxinfer.core.progress import ProgressCallback, ignore_progress
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.engine.admission import check_priority
-from jaxinfer.engine.build import ProgressCallback, ignore_progress
 from jaxinfer.engine.client import EngineClient, ProcessClient, error_from
 from jaxinfer.engine.fan_out import random_seed
 from jaxinfer.engine.inputs import InputProcessor, Prompt, ValidatedPrompt

@@ -10,21 +10,15 @@ from typing import NamedTuple
 
 from jaxinfer.config.schema import EngineConfig
 from jaxinfer.core.messages import CoreMessage, EngineInfo
+from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.core.sampling_params import MAX_LOGPROBS
 from jaxinfer.engine.core import EngineCore, Runner
 from jaxinfer.scheduler.scheduler import Scheduler, SchedulerLimits
 
 DEFAULT_RUNNER_FACTORY = "jaxinfer.runner.build:build_runner"
 
-ProgressCallback = Callable[[str, int, int], None]
-"""(phase, done, total): where a start-up is; total 0 means unknown."""
 
 RunnerFactory = Callable[[EngineConfig, ProgressCallback], Runner]
-
-
-def ignore_progress(phase: str, done: int, total: int) -> None:
-    """A ProgressCallback for those who show nothing."""
-    del phase, done, total
 
 
 class BuiltCore(NamedTuple):

@@ -29,7 +29,8 @@ from jaxinfer.core.messages import (
     ResetPrefixCache,
     Shutdown,
 )
-from jaxinfer.engine.build import DEFAULT_RUNNER_FACTORY, ProgressCallback, ignore_progress
+from jaxinfer.core.progress import ProgressCallback, ignore_progress
+from jaxinfer.engine.build import DEFAULT_RUNNER_FACTORY
 from jaxinfer.engine.child import ChildProcess
 from jaxinfer.engine.process import Bootstrap, child_command, write_bootstrap
 from jaxinfer.engine.transport import ClientEndpoint

@@ -15,12 +15,8 @@ from jaxinfer.core.messages import (
     EngineInfo,
     ResetPrefixCache,
 )
-from jaxinfer.engine.build import (
-    DEFAULT_RUNNER_FACTORY,
-    ProgressCallback,
-    build_core,
-    ignore_progress,
-)
+from jaxinfer.core.progress import ProgressCallback, ignore_progress
+from jaxinfer.engine.build import DEFAULT_RUNNER_FACTORY, build_core
 from jaxinfer.errors import EngineDeadError, JaxInferError
 
 _ME = 0  # the only client

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.config.schema import EngineConfig, ModelConfig
+from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.core.sampling_params import SamplingParams
-from jaxinfer.engine.build import ProgressCallback
 from jaxinfer.errors import ConfigError, RequestError
 from jaxinfer.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from jaxinfer.weights.hub import locate_model, locate_tokenizer

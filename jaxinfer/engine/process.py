@@ -19,7 +19,8 @@ import msgspec
 
 from jaxinfer.config.schema import EngineConfig
 from jaxinfer.core.messages import WIRE_VERSION, Failed, Hello, Progress, Ready
-from jaxinfer.engine.build import ProgressCallback, build_core
+from jaxinfer.core.progress import ProgressCallback
+from jaxinfer.engine.build import build_core
 from jaxinfer.engine.transport import ClientAddress, CoreEndpoint
 from jaxinfer.errors import CapacityError, UserError
 from jaxinfer.logging import configure_logging, get_logger
@@ -90,7 +91,7 @@ def main() -> int:
     endpoint = CoreEndpoint(bootstrap.clients, core_index=bootstrap.core_index)
     endpoint.start(Hello(wire_version=WIRE_VERSION, pid=os.getpid()))
     progress = _progress_sender(endpoint)
-    progress("start", 0, 0)  # tells the client that the second socket is connected too
+    progress("start the engine", 0, 0)  # tells the client that the second socket is connected too
     try:
         _run(bootstrap, endpoint, progress)
     except Exception as error:  # noqa: BLE001 - the process boundary: every end must be told

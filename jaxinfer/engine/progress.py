@@ -12,9 +12,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jaxinfer.engine.build import ProgressCallback, ignore_progress
-
-_LEAST_BYTES = 10 * 2**20  # only bytes come in such numbers
+from jaxinfer.core.progress import ProgressCallback, ignore_progress, shown_amount
 
 
 def _bars(stream: TextIO | None = None) -> Progress:
@@ -28,14 +26,6 @@ def _bars(stream: TextIO | None = None) -> Progress:
     )
 
 
-def _amount(done: int, total: int) -> str:
-    if total <= 0:
-        return ""
-    if total >= _LEAST_BYTES:
-        return f"{done / 2**20:.0f}/{total / 2**20:.0f} MiB"
-    return f"{done}/{total}"
-
-
 @contextmanager
 def start_progress(stream: TextIO | None = None) -> Iterator[ProgressCallback]:
     """One bar per phase of a start-up, on `stream` (default: stderr)."""
@@ -45,7 +35,9 @@ def start_progress(stream: TextIO | None = None) -> Iterator[ProgressCallback]:
     def report(phase: str, done: int, total: int) -> None:
         if phase not in tasks:
             tasks[phase] = bars.add_task(phase, amount="")
-        bars.update(tasks[phase], completed=done, total=total or None, amount=_amount(done, total))
+        bars.update(
+            tasks[phase], completed=done, total=total or None, amount=shown_amount(done, total)
+        )
 
     if not bars.console.is_terminal:
         yield ignore_progress
@@ -62,13 +54,13 @@ def batch_progress(total: int, *, is_shown: bool) -> Iterator[Callable[[], None]
         yield _ignore_one
         return
     with bars:
-        task = bars.add_task("prompts", total=total, amount=_amount(0, total))
+        task = bars.add_task("prompts", total=total, amount=shown_amount(0, total))
         num_done = 0
 
         def count() -> None:
             nonlocal num_done
             num_done += 1
-            bars.update(task, completed=num_done, amount=_amount(num_done, total))
+            bars.update(task, completed=num_done, amount=shown_amount(num_done, total))
 
         yield count
 

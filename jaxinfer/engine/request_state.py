@@ -5,7 +5,7 @@ Must not know other requests, event loops, sockets or HTTP.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxinfer.core.messages import SequenceUpdate
 from jaxinfer.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -20,9 +20,8 @@ logger = get_logger(__name__)
 OutputKind = Literal["delta", "cumulative", "final"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokensEvent:
-    """One sequence of a request has new tokens."""
+class TokensEvent(NamedTuple):
+    """One sequence of a request has new tokens. (A tuple: it is made for every token.)"""
 
     request_id: str
     num_tokens: int

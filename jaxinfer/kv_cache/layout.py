@@ -30,11 +30,3 @@ class KVLayout:
     @property
     def bytes_per_token(self) -> int:
         return self.num_layers * self.num_kv_heads * 2 * self.head_dim * self.dtype_bytes
-
-    def num_pages_in(self, num_bytes: int) -> int:
-        """Whole pages that fit into `num_bytes`; 0 when there is not even room for one."""
-        return max(num_bytes, 0) // self.bytes_per_page
-
-    def layer_shape(self, num_pages: int) -> tuple[int, int, int, int]:
-        """Shape of one layer's cache array."""
-        return (num_pages, self.num_kv_heads, self.page_size, 2 * self.head_dim)

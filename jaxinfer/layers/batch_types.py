@@ -1,6 +1,6 @@
 """What a step hands to every layer. Knows no models and no scheduler.
 
-Letters (docs/glossary.md): T tokens of the step, S sequences, R slots, M pages per sequence.
+T is the number of tokens of the step.
 """
 
 from typing import NamedTuple

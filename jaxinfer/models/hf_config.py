@@ -3,6 +3,7 @@
 Knows which keys never change a forward pass; the family files say which others they honour.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -29,6 +30,27 @@ IRRELEVANT_KEYS = frozenset(
 )
 
 
+INTEGER_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+NUMBER_KEYS = (
+    "rms_norm_eps",
+    "rope_theta",
+    "sliding_window",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+
+
 def refuse_quantized(config: Mapping[str, Any]) -> None:
     """Raises CheckpointError naming the scheme when the weights are stored quantized."""
     quantization = config.get("quantization_config") or config.get("compression_config")
@@ -41,6 +63,20 @@ def refuse_quantized(config: Mapping[str, Any]) -> None:
         f"quantization_config of config.json: the weights are quantized ({scheme}), which this "
         "version does not serve. Use the model's unquantized checkpoint, or a GGUF file of it."
     )
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a size or a constant that is no such number."""
+    for key in INTEGER_KEYS:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise CheckpointError(
+                f"{key} of config.json must be a positive integer, got {value!r}."
+            )
+    for key in NUMBER_KEYS:
+        value = config.get(key)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise CheckpointError(f"{key} of config.json must be a number, got {value!r}.")
 
 
 def refuse_unknown(config: Mapping[str, Any], known: Collection[str]) -> None:

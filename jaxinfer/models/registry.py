@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.base import ModelDef
-from jaxinfer.models.hf_config import refuse_quantized
+from jaxinfer.models.hf_config import check_numbers, refuse_quantized
 
 FAMILIES = {
     "LlamaForCausalLM": "jaxinfer.models.llama:llama_family",
@@ -27,6 +27,7 @@ def define_model(config: Mapping[str, Any], *, tensor: int) -> ModelDef:
     for name in architectures:
         if name in FAMILIES:
             refuse_quantized(config)
+            check_numbers(config)
             module, function = FAMILIES[name].split(":")
             return getattr(importlib.import_module(module), function)(config, tensor=tensor)
     raise CheckpointError(

@@ -18,13 +18,6 @@ class HeadLayout:
     kv_source: tuple[int, ...]  # [K'] the model's KV head, -1 for a dummy
     query_source: tuple[tuple[int, ...], ...]  # [K'][G'] the model's query head, -1 for a dummy
 
-    @property
-    def is_plain(self) -> bool:
-        """The layout is the model's own."""
-        return self.kv_source == tuple(range(self.num_kv_heads)) and all(
-            min(row) >= 0 for row in self.query_source
-        )
-
 
 def plan_heads(*, num_heads: int, num_kv_heads: int, tensor: int) -> HeadLayout:
     """The cheapest layout for `tensor` devices: fewest KV heads per device, then query heads.

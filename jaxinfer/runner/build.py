@@ -3,7 +3,6 @@
 Knows the order and what each part needs of the others; the parts know nothing of each other.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 from jaxinfer.config.env import cache_dir
 from jaxinfer.config.schema import EngineConfig
 from jaxinfer.core.limits import EngineLimits
+from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.errors import CheckpointError
 from jaxinfer.logging import get_logger, log_phase
 from jaxinfer.models.base import ModelDef
@@ -38,8 +38,6 @@ from pallas_kernels.dispatch import KernelSet, choose_kernels
 from pallas_kernels.native.library import load_native_kernels
 
 logger = get_logger(__name__)
-
-ProgressCallback = Callable[[str, int, int], None]
 
 
 class _Plan(NamedTuple):

@@ -55,13 +55,15 @@ class MemoryPlan:
                 self.kv_bytes,
                 f"{self.num_pages} pages of {self.page_size} = {tokens} tokens, {self.kv_reason}",
             ),
-            ("total", self.total_bytes, f"of {_gib(self.usable_bytes)} usable"),
+            ("total", self.total_bytes, f"of {_size(self.usable_bytes)} usable"),
         ]
-        return "\n".join(f"  {name:<12} {_gib(size):>10}  {note}" for name, size, note in rows)
+        return "\n".join(f"  {name:<12} {_size(size):>10}  {note}" for name, size, note in rows)
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _size(num_bytes: int) -> str:
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**20:.2f} MiB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,7 @@ def _check(plan: MemoryPlan, needs: MemoryNeeds) -> None:
     fitting_pages = min(plan.num_pages, room_bytes // plan.page_bytes)
     raise CapacityError(
         f"Not enough memory: one sequence of --max-model-len {needs.max_model_len} needs {needed} "
-        f"KV pages ({_gib(needed * plan.page_bytes)}); {plan.num_pages} were planned and there is "
+        f"KV pages ({_size(needed * plan.page_bytes)}); {plan.num_pages} were planned and there is "
         f"room for {fitting_pages}:\n{plan.table()}\n"
         f"{_repair(plan, needed=needed, fitting_pages=fitting_pages)}."
     )

@@ -27,7 +27,7 @@ from jaxinfer.runner.compiler import CompileCounter
 from jaxinfer.runner.memory import MemoryPlan
 from jaxinfer.runner.packing import PromptChunk, num_page_updates, pack_step
 from jaxinfer.runner.step_fn import NO_TOKEN, DeviceState, StepResult
-from jaxinfer.sampling.logprobs import Logprobs
+from jaxinfer.sampling.logprobs import Logprobs, unpack_logprobs
 from jaxinfer.sampling.params import NUM_WORDS, pack_sampling
 from jaxinfer.sampling.state import needs_slot_row, slot_row
 
@@ -121,7 +121,10 @@ class Runner:
             prompts=prompts,
         )
         self._pages_L, self._state, result = self._programs.steps[bucket](
-            self._weights, self._pages_L, self._state, self._put(words)
+            self._weights,
+            self._pages_L,
+            self._state,
+            words,  # as numpy: the call itself moves it, in half the time that device_put takes
         )
         num_logprobs = [
             self._slots[seq.slot].sampling.logprobs if seq.samples else None for seq in step.seqs
@@ -198,15 +201,6 @@ class Runner:
         return remaining
 
 
-class _HostLogprobs(NamedTuple):
-    """`Logprobs` as numpy arrays."""
-
-    token_logprob_N: np.ndarray
-    rank_N: np.ndarray
-    top_ids_NK: np.ndarray
-    top_logprobs_NK: np.ndarray
-
-
 class PendingStep:
     """A dispatched step; its transfers to the host have been started."""
 
@@ -222,8 +216,8 @@ class PendingStep:
         self._num_logprobs = num_logprobs
         self._prompts = prompts
         wants_logprobs = any(number is not None for number in num_logprobs)
-        self._logprobs = result.logprobs if wants_logprobs else None
-        self._prompt_logprobs = result.prompt_logprobs if any(prompts) else None
+        self._logprobs = result.logprobs_SW if wants_logprobs else None
+        self._prompt_logprobs = result.prompt_logprobs_TW if any(prompts) else None
         for array in jax.tree.leaves((self._tokens_S, self._logprobs, self._prompt_logprobs)):
             array.copy_to_host_async()
 
@@ -245,7 +239,7 @@ class PendingStep:
         return StepOutput(step_id=self._step.step_id, seqs=outputs)
 
     def _prompt_rows(
-        self, logprobs: _HostLogprobs | None, index: int, first_token: int
+        self, logprobs: Logprobs | None, index: int, first_token: int
     ) -> list[TokenLogprobs]:
         chunk, seq = self._prompts[index], self._step.seqs[index]
         if chunk is None or logprobs is None:
@@ -257,19 +251,23 @@ class PendingStep:
 
 def _is_broken(output: SeqOutput) -> bool:
     """NaN logits show in the sampled token, or, masked or in mid-prompt, in log-probabilities."""
-    return NO_TOKEN in output.token_ids or any(
+    if NO_TOKEN in output.token_ids:
+        return True
+    if not (output.logprobs or output.prompt_logprobs):  # as in nearly every step
+        return False
+    return any(
         math.isnan(value)
         for entry in (*output.logprobs, *output.prompt_logprobs)
         for value in entry.logprobs
     )
 
 
-def _to_host(logprobs: Logprobs | None) -> _HostLogprobs | None:
-    return None if logprobs is None else _HostLogprobs(*map(np.asarray, logprobs))
+def _to_host(packed_NW: Array | None) -> Logprobs | None:
+    return None if packed_NW is None else unpack_logprobs(np.asarray(packed_NW))
 
 
 def _rows(
-    logprobs: _HostLogprobs | None,
+    logprobs: Logprobs | None,
     positions: Sequence[int],
     tokens: Sequence[int],
     num_wanted: int | None,

@@ -17,7 +17,7 @@ from jaxinfer.layers.batch_types import StepBatch
 from jaxinfer.models.base import CausalLM
 from jaxinfer.runner.buckets import Bucket
 from jaxinfer.runner.packing import StepInputs, unpack_step
-from jaxinfer.sampling.logprobs import Logprobs, prompt_logprobs, token_logprobs
+from jaxinfer.sampling.logprobs import prompt_logprobs, token_logprobs
 from jaxinfer.sampling.params import unpack_sampling
 from jaxinfer.sampling.sampler import sample
 from jaxinfer.sampling.state import SamplerState
@@ -39,8 +39,8 @@ class StepResult(NamedTuple):
     """What a step gives back; small, copied to the host as needed."""
 
     tokens_S: Array  # int32, NO_TOKEN where the logits were broken
-    logprobs: Logprobs  # of tokens_S
-    prompt_logprobs: Logprobs | None  # of each token's successor; None in decode-only buckets
+    logprobs_SW: Array  # int32, of tokens_S; see sampling/logprobs.py
+    prompt_logprobs_TW: Array | None  # of each token's successor; None in decode-only buckets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def make_step(model: StepModel, bucket: Bucket) -> StepFunction:
         result, sampler = _sample(model, inputs, logits_SV, state.sampler)
         if not bucket.decode_only:
             result = result._replace(
-                prompt_logprobs=_prompt_logprobs(model, lm, inputs, places, hidden_TD)
+                prompt_logprobs_TW=_prompt_logprobs(model, lm, inputs, places, hidden_TD)
             )
         return pages_L, DeviceState(page_table_RM=page_table_RM, sampler=sampler), result
 
@@ -121,20 +121,20 @@ def _sample(
 ) -> tuple[StepResult, SamplerState]:
     sampling = unpack_sampling(inputs.sampling_SW)
     sampled, sampler = sample(logits_SV, sampling, sampler, vocab_size=model.vocab_size)
-    logprobs = token_logprobs(
+    logprobs_SW = token_logprobs(
         logits_SV, sampled.token_S, sampling.wants_logprobs, vocab_size=model.vocab_size
     )
     result = StepResult(
         tokens_S=jnp.where(sampled.ok_S, sampled.token_S, NO_TOKEN),
-        logprobs=logprobs,
-        prompt_logprobs=None,
+        logprobs_SW=logprobs_SW,
+        prompt_logprobs_TW=None,
     )
     return result, sampler
 
 
 def _prompt_logprobs(
     model: StepModel, lm: CausalLM, inputs: StepInputs, places: TokenPlaces, hidden_TD: Array
-) -> Logprobs:
+) -> Array:
     """Of the token behind each token: its neighbour, or `next_token_S` at a chunk's end."""
     num_tokens = places.seq_T.shape[0]
     is_last_T = jnp.arange(num_tokens) == inputs.query_starts_S1[places.seq_T + 1] - 1

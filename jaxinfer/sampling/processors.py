@@ -1,8 +1,8 @@
 """What changes the logits before sampling: masks, bans, biases, penalties. Temperature is not here.
 
 Knows the sampler state and the flags that say which rows use which part of it. The meaning is
-vLLM's: allowed tokens, bad words, min_tokens, bias, penalties, in this order. Two passes do it, each
-only when a row of the batch needs it: one over the tokens that lists name, one over all tokens.
+vLLM's: allowed tokens, bad words, min_tokens, bias, penalties, in this order. Two passes do it,
+each only when a row of the batch needs it: over the tokens that lists name, and over all tokens.
 A ban holds against everything after it, so the allowed tokens can come last.
 
 Shapes: S sequences, V width of the logits (the vocabulary with its padding), N tokens of a list.

@@ -38,20 +38,23 @@ def sample(
     """
     masked = partial(mask_padding, vocab_size=vocab_size)  # in each branch, so that it is fused
 
-    def choose(logits_CV: Array, batch: SamplingBatch) -> Sampled:
+    def choose(logits_CV: Array, batch: SamplingBatch) -> Best:
         return _process_and_choose(masked(logits_CV), batch, state)
 
-    sampled = lax.cond(
+    chosen = lax.cond(
         jnp.any(batch.is_random | batch.changes_some | batch.changes_all),
         lambda: _map_rows(choose, logits_SV, batch),
-        lambda: _checked(argmax_tokens(masked(logits_SV))),
+        lambda: argmax_tokens(masked(logits_SV)),
     )
+    # The best logit shows every failure: it is NaN if one logit is, -inf if all are.
+    ok_S = jnp.isfinite(chosen.logit_S)
+    sampled = Sampled(token_S=jnp.where(ok_S, chosen.token_S, 0), ok_S=ok_S)
     return sampled, advance(state, batch.slot, sampled.token_S)
 
 
 def _map_rows(
-    choose: Callable[[Array, SamplingBatch], Sampled], logits_SV: Array, batch: SamplingBatch
-) -> Sampled:
+    choose: Callable[[Array, SamplingBatch], Best], logits_SV: Array, batch: SamplingBatch
+) -> Best:
     """Chooses for 16 rows at a time.
 
     Bounds what the filters hold (a few times 16 V floats instead of S V), which on the CPU is also
@@ -69,11 +72,12 @@ def _map_rows(
         return padded.reshape(num_chunks, _ROWS_AT_ONCE, *values.shape[1:])
 
     chunks = jax.tree.map(split, (logits_SV, batch))
-    sampled = lax.map(lambda chunk: choose(*chunk), chunks)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1)[:num_seqs], sampled)
+    chosen = lax.map(lambda chunk: choose(*chunk), chunks)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1)[:num_seqs], chosen)
 
 
-def _process_and_choose(logits_SV: Array, batch: SamplingBatch, state: SamplerState) -> Sampled:
+def _process_and_choose(logits_SV: Array, batch: SamplingBatch, state: SamplerState) -> Best:
+    """The chosen tokens, each with the best logit of its row."""
     logits_SV = process_logits(logits_SV, batch, state)
     best = argmax_tokens(logits_SV)
     token_S = lax.cond(
@@ -81,10 +85,4 @@ def _process_and_choose(logits_SV: Array, batch: SamplingBatch, state: SamplerSt
         lambda: draw_tokens(logits_SV, best, batch, random_bits(batch)),
         lambda: best.token_S,
     )
-    return _checked(best._replace(token_S=jnp.where(batch.is_random, token_S, best.token_S)))
-
-
-def _checked(best: Best) -> Sampled:
-    """The best logit shows every failure: it is NaN if one logit is, -inf if all are."""
-    ok_S = jnp.isfinite(best.logit_S)
-    return Sampled(token_S=jnp.where(ok_S, best.token_S, 0), ok_S=ok_S)
+    return best._replace(token_S=jnp.where(batch.is_random, token_S, best.token_S))

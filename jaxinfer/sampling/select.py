@@ -11,7 +11,6 @@ add up to the same number in any order: the bucket and the sharding do not decid
 Shapes: S sequences, V width of the logits, B blocks of the vocabulary, H tokens of a block.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,16 +18,20 @@ from jax import Array, lax
 
 from jaxinfer.sampling.params import SamplingBatch
 
-_BLOCK = 128
+_BLOCK = 256
 _ONE_BITS = 0x3F800000  # float32 1.0
+_LOWEST = float(jnp.finfo(jnp.float32).min)
 _EXPONENT_MASK = 0x7F800000  # of a float32's bits
 # Masses of a row add up to 2**29 .. 2**30: the sum, with the rounding of V terms, fits an int32,
 # and a probability is exact to 2**-30.
 _MASS_ONE_BITS = _ONE_BITS + (29 << 23)  # float32 2**29
-# Ways the search splits its interval in one pass over the weights: seven sums fuse into one loop
-# that XLA:CPU vectorizes, so a pass costs about as much as with one sum and finds three bits.
-_NUM_WAYS = 8
-_LOWEST = float(jnp.finfo(jnp.float32).min)
+# The scale that counts tokens instead: those whose weight no mass can show are not worth counting.
+_COUNT = 2.0**30
+# The search splits its interval in eight in one pass over the weights: seven sums fuse into one
+# loop that XLA:CPU vectorizes, so a pass costs about as much as with one sum and finds three bits
+# of the 30 that tell the weights from 0 to 1 apart.
+_BITS_PER_PASS = 3
+_NUM_PASSES = 10
 # Rounds of the filter loop. One loop for all, since XLA compiles what is written twice twice.
 _TOP_K, _TOP_P, _SCALE = range(3)
 
@@ -50,8 +53,8 @@ def argmax_tokens(logits_SV: Array) -> Best:
     return Best(token_S=block_S * _BLOCK + inside_S, logit_S=jnp.max(max_SB, axis=1))
 
 
-def top_tokens(logits_SV: Array, num_top: int) -> tuple[Array, Array]:
-    """The K largest logits of each row and their ids, largest first, lower id first among equals.
+def top_tokens(logits_SV: Array, num_top: int) -> Array:
+    """The ids of the K largest logits, int32 [S, K], largest first, lower id first among equals.
 
     Takes them one by one, each from the block with the best maximum; `lax.top_k` sorts the whole
     row on some backends and inside conditionals. A row that holds a NaN gives meaningless ids.
@@ -62,27 +65,44 @@ def top_tokens(logits_SV: Array, num_top: int) -> tuple[Array, Array]:
     max_SB = jnp.maximum(jnp.max(blocks_SBH, axis=2), _LOWEST)
 
     def take_one(
-        carry: tuple[Array, Array, Array], _: None
-    ) -> tuple[tuple[Array, Array, Array], Array]:
-        max_SB, last_S1, last_id_S1 = carry
+        rank: Array, carry: tuple[Array, Array, Array, Array]
+    ) -> tuple[Array, Array, Array, Array]:
+        max_SB, id_SK, last_S, last_id_S = carry
         block_S = jnp.argmax(max_SB, axis=1).astype(jnp.int32)
-        best_S1 = jnp.max(max_SB, axis=1, keepdims=True)
-        values_SH = jnp.maximum(_take_block(blocks_SBH, block_S), _LOWEST)
-        id_SH = block_S[:, None] * _BLOCK + lax.iota(jnp.int32, _BLOCK)
+        value_SH = jnp.maximum(_take_block(blocks_SBH, block_S), _LOWEST)
+        inside_SH = lax.broadcasted_iota(jnp.int32, value_SH.shape, 1)
         # Taken are the larger ones, and the equal ones up to the token taken last.
-        is_left_SH = (best_S1 < last_S1) | (id_SH > last_id_S1)
-        inside_S = jnp.argmax((values_SH == best_S1) & is_left_SH, axis=1).astype(jnp.int32)
-        id_S1 = (block_S * _BLOCK + inside_S)[:, None]
-        is_left_SH = (values_SH < best_S1) | ((values_SH == best_S1) & (id_SH > id_S1))
-        left_max_S1 = jnp.max(jnp.where(is_left_SH, values_SH, -jnp.inf), axis=1, keepdims=True)
+        id_SH = block_S[:, None] * _BLOCK + inside_SH
+        is_equal_left_SH = (value_SH == last_S[:, None]) & (id_SH > last_id_S[:, None])
+        is_left_SH = (value_SH < last_S[:, None]) | is_equal_left_SH
+        best_S, id_S, next_S = _best_two(jnp.where(is_left_SH, value_SH, -jnp.inf), id_SH)
         is_block_SB = lax.iota(jnp.int32, num_blocks) == block_S[:, None]
-        return (jnp.where(is_block_SB, left_max_S1, max_SB), best_S1, id_S1), id_S1[:, 0]
+        max_SB = jnp.where(is_block_SB, next_S[:, None], max_SB)
+        id_SK = jnp.where(lax.iota(jnp.int32, num_top) == rank, id_S[:, None], id_SK)
+        return max_SB, id_SK, best_S, id_S
 
-    no_value_S1 = jnp.full((num_seqs, 1), jnp.inf, jnp.float32)
-    no_id_S1 = jnp.full((num_seqs, 1), -1, jnp.int32)
-    _, id_KS = lax.scan(take_one, (max_SB, no_value_S1, no_id_S1), None, length=num_top)
-    id_SK = id_KS.T
-    return jnp.take_along_axis(logits_SV, id_SK, axis=1, mode="clip"), id_SK
+    no_id_SK = jnp.zeros((num_seqs, num_top), jnp.int32)
+    no_value_S, no_id_S = jnp.full((num_seqs,), jnp.inf, jnp.float32), no_id_SK[:, 0]
+    return lax.fori_loop(0, num_top, take_one, (max_SB, no_id_SK, no_value_S, no_id_S))[1]
+
+
+def _best_two(value_SH: Array, id_SH: Array) -> tuple[Array, Array, Array]:
+    """Each row's largest value, its lowest id, and the largest of the other values."""
+
+    def join(left: tuple[Array, ...], right: tuple[Array, ...]) -> tuple[Array, ...]:
+        is_left = (left[0] > right[0]) | ((left[0] == right[0]) & (left[1] < right[1]))
+        next_value = jnp.maximum(left[2], right[2])
+        return (
+            jnp.where(is_left, left[0], right[0]),
+            jnp.where(is_left, left[1], right[1]),
+            jnp.maximum(next_value, jnp.where(is_left, right[0], left[0])),
+        )
+
+    nothing = (jnp.float32(-jnp.inf), jnp.int32(jnp.iinfo(jnp.int32).max), jnp.float32(-jnp.inf))
+    best_S, id_S, next_S = lax.reduce(
+        (value_SH, id_SH, jnp.full_like(value_SH, -jnp.inf)), nothing, join, (1,)
+    )
+    return best_S, id_S, next_S
 
 
 def draw_tokens(logits_SV: Array, best: Best, batch: SamplingBatch, bits_S: Array) -> Array:
@@ -106,34 +126,26 @@ def _filter(weight_SV: Array, batch: SamplingBatch) -> tuple[Array, Array]:
     top_p keeps the smallest set of mass >= top_p of what is left, with the token that crosses
     top_p (Holtzman et al., "The curious case of neural text degeneration", 2020) and its equals.
     """
-    any_top_k, any_top_p = jnp.any(batch.uses_top_k), jnp.any(batch.uses_top_p)
-    after_top_k = jnp.where(any_top_p, _TOP_P, _SCALE).astype(jnp.int32)
-    top_k_S = jnp.minimum(batch.top_k, weight_SV.shape[1])
+    is_top_p_S = batch.uses_top_p
+    after_top_k = jnp.where(jnp.any(is_top_p_S), _TOP_P, _SCALE)
 
     def run_round(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         round_, least_S, _ = carry
         is_top_k = round_ == _TOP_K
         scale_S = _mass_scale(weight_SV, least_S)
-        units_SV = jnp.where(is_top_k, 1, _mass(weight_SV, scale_S[:, None]))
         found_S = _search(
             weight_SV,
-            units_SV,
-            low_S=jnp.where(is_top_k, 0.0, least_S),
-            target_of=lambda total_S: jnp.where(
-                is_top_k, top_k_S, _share(total_S, batch.top_p)
-            ),
-            active_S=jnp.where(is_top_k, batch.uses_top_k, batch.uses_top_p & (round_ == _TOP_P)),
+            jnp.where(is_top_k, _COUNT, scale_S),
+            low_S=least_S,
+            active_S=jnp.where(is_top_k, batch.uses_top_k, is_top_p_S & (round_ == _TOP_P)),
+            batch=batch,
         )
         next_round = jnp.where(is_top_k, after_top_k, round_ + 1)
         return next_round, jnp.maximum(least_S, found_S), scale_S
 
-    first_round = jnp.where(any_top_k, _TOP_K, after_top_k).astype(jnp.int32)
-    _, least_S, scale_S = lax.while_loop(
-        lambda carry: carry[0] <= _SCALE,
-        run_round,
-        (first_round, batch.min_p, jnp.ones_like(batch.min_p)),
-    )
-    return least_S, scale_S
+    first_S = jnp.where(batch.uses_top_k, _TOP_K, jnp.where(is_top_p_S, _TOP_P, _SCALE))
+    carry = (jnp.min(first_S), batch.min_p, jnp.ones_like(batch.min_p))
+    return lax.while_loop(lambda carry: carry[0] <= _SCALE, run_round, carry)[1:]
 
 
 def _share(total_S: Array, part_S: Array) -> Array:
@@ -143,66 +155,69 @@ def _share(total_S: Array, part_S: Array) -> Array:
 
 
 def _search(
-    weight_SV: Array,
-    units_SV: Array,
-    *,
-    low_S: Array,
-    target_of: Callable[[Array], Array],
-    active_S: Array,
+    weight_SV: Array, scale_S: Array, *, low_S: Array, active_S: Array, batch: SamplingBatch
 ) -> Array:
-    """The largest t >= low_S at which the units of the weights >= t add up to the target.
+    """The least weight that stays: low_S, or for active rows a larger one that top_k or top_p set.
 
-    The target is a function of the units at low_S, positive and not above them. Rows that are not
-    active give low_S. Stops early where the target is met exactly: a larger t would keep the same
-    tokens.
+    That is the largest t at which the weights >= t are at least top_k (where the scale is _COUNT),
+    or at least top_p of the mass of those >= low_S. Stops early where they are exactly that: a
+    larger t would keep the same tokens.
     """
-    num_seqs = weight_SV.shape[0]
+    is_count_S = scale_S == _COUNT
 
-    def is_open(state_4S: Array) -> Array:
-        low_S, high_S, sum_S, target_S = state_4S
-        return jnp.any(active_S & (high_S - low_S > 1) & (sum_S != target_S))
+    def is_open(state_5S: Array) -> Array:
+        pass_S, _, sum_S, target_S, _ = state_5S
+        return jnp.any((pass_S <= _NUM_PASSES) & (sum_S != target_S))
 
-    def narrow(state_4S: Array) -> Array:
-        low_S, high_S, sum_S, target_S = state_4S
-        # The first pass learns the sum at low_S itself: its first pivot is there.
-        is_first_S = (target_S < 0).astype(jnp.int32)
-        num_ways_S = _NUM_WAYS - is_first_S
-        stride_S = lax.div(high_S - low_S + num_ways_S - 1, num_ways_S)
-        pivots = [
-            jnp.minimum(low_S + (way - is_first_S) * stride_S, high_S)
-            for way in range(1, _NUM_WAYS)
-        ]
-        sums = _sums_at(weight_SV, units_SV, pivots)
-        target_S = jnp.where(target_S < 0, target_of(sums[0]), target_S)
-        num_passed_S = -is_first_S
+    def narrow(state_5S: Array) -> Array:
+        pass_S, low_S, sum_S, target_S, scale_S = state_5S
+        # Pass 0 learns the mass at low_S: all its pivots are there. So are those of closed rows.
+        is_moving_S = (pass_S > 0) & (pass_S <= _NUM_PASSES)
+        shift_S = _BITS_PER_PASS * (_NUM_PASSES - pass_S)
+        stride_S = jnp.where(is_moving_S, 1 << shift_S.clip(min=0), 0)
+        pivots = [low_S + way * stride_S for way in range(1, 1 << _BITS_PER_PASS)]
+        sums = _sums_at(weight_SV, _as_float(scale_S), pivots)
+        target_S = jnp.where(pass_S == 0, _share(sums[0], batch.top_p), target_S)
         for sum_at_S in sums:  # they fall, so those that pass are the first ones
-            passed_S = sum_at_S >= target_S
-            num_passed_S += passed_S.astype(jnp.int32)
-            sum_S = jnp.where(passed_S, sum_at_S, sum_S)
-        new_low_S = low_S + num_passed_S * stride_S
-        return jnp.stack([new_low_S, jnp.minimum(new_low_S + stride_S, high_S), sum_S, target_S])
+            is_passed_S = sum_at_S >= target_S
+            low_S += jnp.where(is_passed_S, stride_S, 0)
+            sum_S = jnp.where(is_passed_S, sum_at_S, sum_S)
+        return jnp.stack([pass_S + 1, low_S, sum_S, target_S, scale_S])
 
-    low_S = lax.bitcast_convert_type(low_S, jnp.int32)
-    above_S = jnp.full((num_seqs,), _ONE_BITS + 1, jnp.int32)
-    unknown_S = jnp.full((num_seqs,), -1, jnp.int32)
-    start_4S = jnp.stack([low_S, above_S, jnp.zeros_like(low_S), unknown_S])
-    found_S = jnp.where(active_S, lax.while_loop(is_open, narrow, start_4S)[0], low_S)
-    return lax.bitcast_convert_type(found_S, jnp.float32)
+    first_pass_S = jnp.where(active_S, is_count_S.astype(jnp.int32), _NUM_PASSES + 1)
+    low_S = jnp.where(active_S & is_count_S, 0, _as_bits(low_S))
+    target_S = jnp.where(is_count_S, jnp.minimum(batch.top_k, weight_SV.shape[1]), -1)
+    # One array: each of several would be updated by a loop of its own. The scale is in it so that
+    # XLA does not compute the masses ahead of the loop, and for rounds without a pass.
+    start_5S = jnp.stack([first_pass_S, low_S, jnp.zeros_like(low_S), target_S, _as_bits(scale_S)])
+    return _as_float(lax.while_loop(is_open, narrow, start_5S)[1])
 
 
-def _sums_at(weight_SV: Array, units_SV: Array, pivots: list[Array]) -> list[Array]:
-    """For each pivot (the bits of a weight), the units of the weights at or above it.
+def _sums_at(weight_SV: Array, scale_S: Array, pivots: list[Array]) -> list[Array]:
+    """For each pivot (the bits of a weight), the mass (or number) of the weights at or above it.
 
     One variadic reduce, so that the weights are read once for all pivots.
     """
-    least = [lax.bitcast_convert_type(pivot_S, jnp.float32)[:, None] for pivot_S in pivots]
-    kept = tuple(jnp.where(weight_SV >= least_S1, units_SV, 0) for least_S1 in least)
+    scale_S1 = scale_S[:, None]
+    largest_S1 = jnp.where(scale_S1 == _COUNT, 1, jnp.iinfo(jnp.int32).max)
+    units_SV = jnp.minimum(_mass(weight_SV, scale_S1), largest_S1)
+    kept = tuple(
+        jnp.where(weight_SV >= _as_float(pivot_S)[:, None], units_SV, 0) for pivot_S in pivots
+    )
     zeros = (jnp.zeros((), jnp.int32),) * len(pivots)
 
     def add(left: tuple[Array, ...], right: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(a + b for a, b in zip(left, right, strict=True))
 
     return list(lax.reduce(kept, zeros, add, (1,)))
+
+
+def _as_bits(value: Array) -> Array:
+    return lax.bitcast_convert_type(value, jnp.int32)
+
+
+def _as_float(bits: Array) -> Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _mass(weight: Array, scale: Array) -> Array:
@@ -217,9 +232,8 @@ def _mass_scale(weight_SV: Array, least_S: Array) -> Array:
     not reach the masses.
     """
     sum_S = jnp.sum(jnp.where(weight_SV >= least_S[:, None], weight_SV, 0.0), axis=1)
-    exponent_S = lax.bitcast_convert_type(sum_S, jnp.int32) & _EXPONENT_MASK
-    exponent_S -= _ONE_BITS  # unbiased: sum is in [2**e, 2**(e + 1))
-    return lax.bitcast_convert_type(_MASS_ONE_BITS - exponent_S, jnp.float32)
+    exponent_S = (_as_bits(sum_S) & _EXPONENT_MASK) - _ONE_BITS  # sum is in [2**e, 2**(e + 1))
+    return _as_float(_MASS_ONE_BITS - exponent_S)
 
 
 def _inverse_cdf(weight_SBH: Array, least_S: Array, scale_S: Array, bits_S: Array) -> Array:
@@ -246,7 +260,9 @@ def _inverse_cdf(weight_SBH: Array, least_S: Array, scale_S: Array, bits_S: Arra
         inside_SH = kept_mass(_take_block(weight_SBH, jnp.minimum(index_S, num_blocks - 1)))
         return widen(inside_SH), token_S * _BLOCK + index_S, point_S - begin_S
 
-    block_mass_SB = jnp.sum(kept_mass(weight_SBH), axis=2)
+    # Sums of 32 and fewer are one loop each to XLA:CPU.
+    mass_SBJI = kept_mass(weight_SBH).reshape(*weight_SBH.shape[:2], -1, 32)
+    block_mass_SB = jnp.sum(jnp.sum(mass_SBJI, axis=3), axis=2)
     nothing_S = jnp.zeros_like(bits_S, jnp.int32)
     return lax.fori_loop(0, 2, descend, (widen(block_mass_SB), nothing_S, nothing_S))[1]
 

@@ -22,6 +22,7 @@ from jaxinfer.core.messages import EngineInfo, EngineStats
 from jaxinfer.core.outputs import RequestMetrics
 from jaxinfer.core.request import FinishReason
 from jaxinfer.engine.request_state import FinishedEvent, TokensEvent
+from jaxinfer.server.token_metrics import TokenCounter, TokenHistogram
 
 
 def _edges(text: str) -> tuple[float, ...]:
@@ -96,9 +97,16 @@ class EngineMetrics:
         self._cached_tokens = counter(
             "prompt_tokens_cached", "Prompt tokens of requests that ended, found in the cache."
         )
-        self._generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self._generation_tokens = TokenCounter(
+            f"{prefix}:generation_tokens", "Tokens generated.", model_name=model_name
+        )
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
-        self._itl = histogram("inter_token_latency_seconds", "Token to next token.", _ITL_S)
+        self._itl = TokenHistogram(
+            f"{prefix}:inter_token_latency_seconds",
+            "Token to next token.",
+            model_name=model_name,
+            edges=_ITL_S,
+        )
         self._tpot = histogram(
             "request_time_per_output_token_seconds", "Mean of a request's token times.", _ITL_S
         )
@@ -133,6 +141,8 @@ class EngineMetrics:
         self._finished = {
             reason.value: success.labels(model_name, reason.value) for reason in FinishReason
         }
+        registry.register(self._generation_tokens)
+        registry.register(self._itl)
         registry.register(_EngineCollector(prefix, model_name, info, stats))
 
     def on_tokens(self, event: TokensEvent) -> None:
@@ -140,9 +150,8 @@ class EngineMetrics:
         self._generation_tokens.inc(event.num_tokens)
         if event.is_first:
             self._ttft.observe(event.latency_s)
-            return
-        for _ in range(event.num_tokens):
-            self._itl.observe(event.latency_s / event.num_tokens)
+        else:
+            self._itl.observe(event.latency_s / event.num_tokens, event.num_tokens)
 
     def on_finished(self, event: FinishedEvent) -> None:
         """The engine's hook: a request has ended, or its client has gone."""

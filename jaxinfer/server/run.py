@@ -17,6 +17,7 @@ from typing import TypeVar
 from aiohttp import web
 
 from jaxinfer.config.schema import EngineConfig, ServeConfig
+from jaxinfer.core.progress import shown_amount
 from jaxinfer.engine.async_engine import AsyncEngine
 from jaxinfer.engine.build import DEFAULT_RUNNER_FACTORY
 from jaxinfer.engine.client import ProcessClient
@@ -183,7 +184,7 @@ class _StartupLog:
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now_s = time.monotonic()
-        shown = f"{phase} {done}/{total}" if total else phase
+        shown = f"{phase} {shown_amount(done, total)}".rstrip()
         self._state.phase = shown
         if phase != self._phase:
             self._phase, self._told_s = phase, now_s

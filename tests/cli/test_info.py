@@ -17,6 +17,7 @@ def test_json(empty_cache: Path, capsys: pytest.CaptureFixture[str]):
     assert facts["versions"]["jax"] == jax.__version__
     assert facts["devices"]["platform"] == "cpu"
     assert facts["devices"]["count"] == jax.local_device_count()
+    assert facts["devices"]["memory_bytes"] > 0
     assert facts["cache"] == {
         "directory": str(empty_cache),
         "models_bytes": 5,
@@ -32,3 +33,4 @@ def test_text_says_why_there_is_no_accelerator(
     text = capsys.readouterr().out
     assert "jaxinfer[tpu]" in text or "libtpu" in text
     assert "platform" in text
+    assert "None" not in text

@@ -157,7 +157,9 @@ def test_an_empty_file_changes_nothing(tmp_path: Path):
         ("max-num-seqs: 1\nmax_num_seqs: 2", ["max_num_seqs", "twice"]),
         ("5: 1", ["unknown name 5"]),
         ("- port", ["serve.yaml", "list"]),
-        ("port: [", ["serve.yaml", "YAML"]),
+        ("port: [", ["serve.yaml", "YAML", "line 1"]),
+        ("port: 1\nport: 2", ["serve.yaml", "line 2", "port is given twice"]),
+        ("a: {b: 1, b: 2}", ["serve.yaml", "b is given twice"]),
     ],
 )
 def test_a_wrong_file_names_file_key_and_value(tmp_path: Path, text: str, words: list[str]):
@@ -165,6 +167,7 @@ def test_a_wrong_file_names_file_key_and_value(tmp_path: Path, text: str, words:
         parse("--config", yaml_file(tmp_path, text))
     for word in words:
         assert word in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path):

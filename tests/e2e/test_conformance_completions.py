@@ -185,7 +185,8 @@ def test_truncated_prompt(api: Api, tokenizer: Tokenizer) -> None:
 def test_allowed_token_ids(api: Api) -> None:
     allowed = [20, 30, 40]
     choice = api.complete(temperature=2, seed=1, max_tokens=30, allowed_token_ids=allowed)
-    assert set(choice.token_ids) == set(allowed)
+    assert 1 < len(set(choice.token_ids)) <= 3
+    assert set(choice.token_ids) <= set(allowed)
 
 
 def test_logit_bias(api: Api) -> None:
@@ -197,7 +198,7 @@ def test_logit_bias(api: Api) -> None:
 
 def test_bad_words(api: Api, tokenizer: Tokenizer) -> None:
     allowed = [tokenizer.encode(letter)[0] for letter in "abc"]
-    body = {"temperature": 1, "seed": 2, "max_tokens": 60, "allowed_token_ids": allowed}
+    body = {"temperature": 2, "seed": 2, "max_tokens": 90, "allowed_token_ids": allowed}
     assert "ab" in api.complete(**body).text
     text = api.complete(**body, bad_words=["ab"]).text
     assert "ab" not in text

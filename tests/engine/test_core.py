@@ -17,9 +17,10 @@ from jaxinfer.core.messages import (
     Shutdown,
     StepUpdate,
 )
+from jaxinfer.core.progress import ignore_progress
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.core.step import ScheduledStep
-from jaxinfer.engine.build import BuiltCore, build_core, ignore_progress
+from jaxinfer.engine.build import BuiltCore, build_core
 from jaxinfer.engine.transport import Incoming
 from tests.engine.fake_runner import FakePendingStep, FakeRunner, expected_output
 

@@ -92,7 +92,7 @@ async def test_a_life(config: EngineConfig, tokenizer: Tokenizer, socket_root: P
     assert engine.is_ready
     assert info.max_model_len == 64
     assert info.device == "fake"
-    assert phases == [("start", 0, 0), ("load weights", 0, 2), ("load weights", 2, 2)]
+    assert phases == [("start the engine", 0, 0), ("load weights", 0, 2), ("load weights", 2, 2)]
     assert is_empty(socket_root), "the sockets' files go once all are connected"
     assert await finish(engine) == expected_output(list(b"hello"), LONG, 50)
     pid = core_pid(engine)

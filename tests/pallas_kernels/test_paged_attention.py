@@ -1,6 +1,6 @@
 """One test for every backend of paged attention: any ragged step, against dense softmax in numpy.
 
-A new backend is one line in BACKENDS.
+A new backend is one line in BACKENDS (docs/add-a-kernel.md).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import Array
 
-from pallas_kernels.paged_attention import reference, xla
+from jaxinfer.config.env import cache_dir
+from pallas_kernels.native.library import load_native_kernels
+from pallas_kernels.paged_attention import cpu, reference, xla
 from pallas_kernels.paged_attention.api import (
     AttentionSpec,
     PagedAttention,
@@ -38,10 +40,21 @@ class Backend:
     storage_dtype: Callable[[np.dtype], jnp.dtype]
 
 
-BACKENDS = {
-    "reference": Backend(reference.plan, reference.paged_attention, jnp.dtype),
-    "xla": Backend(xla.plan, xla.paged_attention, xla.storage_dtype),  # 16 bits as integers
-    "xla-plain": Backend(xla.plan, xla.paged_attention, jnp.dtype),  # as they are: not for CPUs
+@cache
+def cpp(head_dim: int) -> Backend:
+    """The C++ kernel, kept where the engine keeps it; skips where there is no compiler."""
+    native = load_native_kernels(cache_dir() / "native", head_dim=head_dim)
+    if not native.is_available:
+        pytest.skip(native.reason)
+    return Backend(xla.plan, cpu.make_paged_attention(native), xla.storage_dtype)
+
+
+BACKENDS: dict[str, Callable[[int], Backend]] = {  # by head size
+    "reference": lambda _: Backend(reference.plan, reference.paged_attention, jnp.dtype),
+    "xla": lambda _: Backend(xla.plan, xla.paged_attention, xla.storage_dtype),
+    # 16-bit floats kept as they are, which is not for CPUs
+    "xla-plain": lambda _: Backend(xla.plan, xla.paged_attention, jnp.dtype),
+    "cpp": cpp,
 }
 
 
@@ -81,18 +94,26 @@ STEPS = {
 }
 
 
+def has_own_code(backend_name: str, case: Case) -> bool:
+    """Whether the backend does not leave the case to "xla"."""
+    if backend_name == "xla-plain":
+        return case.shapes.dtype != "float32"
+    return backend_name != "cpp" or case.spec.soft_cap is None
+
+
 PAIRS = [
     (backend_name, case_name)
     for backend_name in BACKENDS
     for case_name, case in CASES.items()
-    if backend_name != "xla-plain" or case.shapes.dtype != "float32"  # where it equals "xla"
+    if has_own_code(backend_name, case)
 ]
 
 
 @cache
 def compiled(backend_name: str, case_name: str) -> Callable[..., tuple[Array, Array]]:
     """The op of one case; a second trace of it is an error."""
-    backend, (shapes, spec, decode_only) = BACKENDS[backend_name], CASES[case_name]
+    shapes, spec, decode_only = CASES[case_name]
+    backend = BACKENDS[backend_name](shapes.H)
     num_traces = 0
 
     def run(
@@ -114,7 +135,7 @@ def check_step(backend_name: str, case_name: str, sequences: list[Sequence], see
     """Runs the op; compares the outputs of real tokens, and every bit of the pages."""
     shapes, spec, _ = CASES[case_name]
     step = make_step(sequences, shapes, spec, seed=seed)
-    storage = BACKENDS[backend_name].storage_dtype(shapes.np_dtype)
+    storage = BACKENDS[backend_name](shapes.H).storage_dtype(shapes.np_dtype)
     out_TKGH, pages_PKBC = compiled(backend_name, case_name)(
         step.layout, step.q_TKGH, step.k_TKH, step.v_TKH, step.pages_PKBC.view(storage)
     )
@@ -133,7 +154,7 @@ def check_step(backend_name: str, case_name: str, sequences: list[Sequence], see
 
 
 @pytest.mark.parametrize(("backend_name", "case_name"), PAIRS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_step_is_dense_attention(backend_name: str, case_name: str, data: st.DataObject):
     shapes, _, decode_only = CASES[case_name]
@@ -143,16 +164,17 @@ def test_any_step_is_dense_attention(backend_name: str, case_name: str, data: st
 
 @pytest.mark.parametrize("step_name", STEPS)
 @pytest.mark.parametrize("case_name", ["grouped", "bfloat16-window"])
-@pytest.mark.parametrize("backend_name", ["reference", "xla"])
+@pytest.mark.parametrize("backend_name", ["reference", "xla", "cpp"])
 def test_steps_at_the_edges(backend_name: str, case_name: str, step_name: str):
     check_step(backend_name, case_name, STEPS[step_name], seed=0)
 
 
 @pytest.mark.parametrize("case_name", ["grouped", "bfloat16", "decodes-bfloat16"])
-@pytest.mark.parametrize("backend_name", ["xla"])
+@pytest.mark.parametrize("backend_name", ["xla", "cpp"])
 def test_pages_are_changed_in_place(backend_name: str, case_name: str):
     """Compiled for a large pool: its memory is the pool's, and there is no second one."""
-    backend, (shapes, spec, decode_only) = BACKENDS[backend_name], CASES[case_name]
+    shapes, spec, decode_only = CASES[case_name]
+    backend = BACKENDS[backend_name](shapes.H)
     shapes = replace(shapes, P=4096)
     step = make_step([], replace(shapes, P=1), spec, seed=0)
 

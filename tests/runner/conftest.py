@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jaxinfer.config.load import engine_config_from_kwargs
-from jaxinfer.engine.build import ignore_progress
+from jaxinfer.core.progress import ignore_progress
 from jaxinfer.runner.build import build_runner
 from jaxinfer.runner.runner import Runner
 from tests.runner.tiny_llama import TinyLlama

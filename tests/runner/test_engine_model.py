@@ -2,6 +2,7 @@
 request's output is the one it has alone, and that is the reference model's."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.core.step import TokenLogprobs
 from jaxinfer.runner.packing import num_page_updates
 from jaxinfer.runner.runner import Runner
+from tests.runner.conftest import MakeRunner
 from tests.runner.harness import Collected, Engine, Mode
 from tests.runner.tiny_llama import TinyLlama
 from tests.runner.workload import Case, greedy_answer, random_cases
@@ -34,6 +36,12 @@ def greedy(max_tokens: int, **values: object) -> SamplingParams:
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed + 1000 * length).integers(2, 96, length).tolist()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["C++", "XLA"])
+def runner(request: pytest.FixtureRequest, make_runner: MakeRunner, tiny_dir: Path) -> Runner:
+    """With each implementation of attention that a CPU has."""
+    return make_runner(tiny_dir, native_kernels=request.param)
 
 
 @pytest.fixture(scope="module")

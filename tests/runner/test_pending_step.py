@@ -8,22 +8,22 @@ from jaxinfer.core.step import PENDING_TOKEN, ScheduledSeq
 from jaxinfer.runner.packing import PromptChunk
 from jaxinfer.runner.runner import BROKEN_LOGITS, PendingStep
 from jaxinfer.runner.step_fn import NO_TOKEN, StepResult
-from jaxinfer.sampling.logprobs import Logprobs
 from tests.runner.steps import make_seq, make_step
 
 
-def numbered(count: int, *, num_top: int = 4, offset: float = 0.0) -> Logprobs:
-    """Logprobs whose values tell their position: -position for the token, then -position - k/10."""
-    position_N = np.arange(count, dtype=np.float32) + np.float32(offset)
-    k_K = np.arange(1, num_top + 1, dtype=np.float32)
-    return Logprobs(
-        token_logprob_N=jnp.asarray(-position_N),
-        rank_N=jnp.arange(count, dtype=jnp.int32) + 1,
-        top_ids_NK=jnp.asarray(
-            (100 * position_N[:, None] + k_K[None]).astype(np.int32), dtype=jnp.int32
-        ),
-        top_logprobs_NK=jnp.asarray(-position_N[:, None] - k_K[None] / np.float32(10)),
-    )
+def numbered(count: int, *, num_top: int = 4, broken: int | None = None) -> np.ndarray:
+    """Logprobs that tell their position n: -n for the token, then -n - k/10; `broken` has a NaN.
+
+    Packed as the device packs them, int32 [count, 2 + 2 num_top].
+    """
+    position_N1 = np.arange(count)[:, None]
+    k_K = np.arange(1, num_top + 1)
+    logprobs_NK = np.concatenate([-position_N1, -position_N1 - k_K / 10], axis=1, dtype=np.float32)
+    if broken is not None:
+        logprobs_NK[broken, 0] = np.nan
+    ids_NK = (100 * position_N1 + k_K).astype(np.int32)
+    rank_N1 = (position_N1 + 1).astype(np.int32)
+    return np.concatenate([logprobs_NK.view(np.int32), rank_N1, ids_NK], axis=1)
 
 
 def answer(
@@ -32,14 +32,13 @@ def answer(
     *,
     num_logprobs: list[int | None] | None = None,
     prompts: list[PromptChunk | None] | None = None,
-    logprobs: Logprobs | None = None,
-    prompt_logprobs: Logprobs | None = None,
+    broken: int | None = None,
 ) -> PendingStep:
     nothing = [None] * len(seqs)
     result = StepResult(
         tokens_S=jnp.asarray(tokens, jnp.int32),
-        logprobs=logprobs or numbered(len(tokens)),
-        prompt_logprobs=prompt_logprobs or numbered(32),
+        logprobs_SW=jnp.asarray(numbered(len(tokens), broken=broken)),
+        prompt_logprobs_TW=jnp.asarray(numbered(32, broken=broken)),
     )
     return PendingStep(make_step(seqs), result, num_logprobs or nothing, prompts or nothing)
 
@@ -115,15 +114,13 @@ def test_a_row_that_samples_nothing_has_no_error():
 def test_broken_numbers_never_go_out_as_logprobs(where: str):
     """A NaN that no sampled token shows (masked, or in mid-prompt) still fails the sequence."""
     seqs = [make_seq(0, [1, 2], samples=where == "logprobs"), make_seq(1, [3, 4])]
-    broken = numbered(32)
-    broken = broken._replace(token_logprob_N=broken.token_logprob_N.at[0].set(jnp.nan))
     chunk = PromptChunk(num_logprobs=1, num_targets=1, next_token=-1)
     pending = answer(
         seqs,
         [8, 9],
         num_logprobs=[1, 1] if where == "logprobs" else None,
         prompts=[chunk, chunk] if where == "prompt_logprobs" else None,
-        **{where: broken},
+        broken=0,
     )
     first, second = pending.result().seqs
     assert first.error == BROKEN_LOGITS

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from jaxinfer.sampling.logprobs import prompt_logprobs, token_logprobs
+from jaxinfer.sampling.logprobs import prompt_logprobs, token_logprobs, unpack_logprobs
 
-_token_logprobs = jax.jit(token_logprobs, static_argnames=("vocab_size", "num_top"))
+_packed_token_logprobs = jax.jit(token_logprobs, static_argnames=("vocab_size", "num_top"))
+
+
+def _token_logprobs(*args, **kwargs):
+    return unpack_logprobs(np.asarray(_packed_token_logprobs(*args, **kwargs)))
 
 
 def _reference(logits_NV: np.ndarray, token_N: np.ndarray, num_top: int):
@@ -80,9 +84,10 @@ def test_prompt_logprobs_in_chunks(num_tokens):
         )
 
     with jax.numpy_dtype_promotion("strict"):
-        result = run(
+        packed_TW = run(
             jnp.asarray(hidden_TD), jnp.asarray(target_T, jnp.int32), jnp.asarray(wanted_T)
         )
+    result = unpack_logprobs(np.asarray(packed_TW))
     begin = (num_tokens - 1) // 64 * 64  # earlier chunks are skipped
     expected = _reference((hidden_TD @ head_DV)[begin:, :120], target_T[begin:], 20)
     _assert_matches(type(result)(*(leaf[begin:] for leaf in result)), expected)

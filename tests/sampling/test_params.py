@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.random import threefry_2x32 as threefry_2x32_of_jax
 
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.sampling.params import (
@@ -13,7 +14,18 @@ from jaxinfer.sampling.params import (
     pack_sampling,
     random_bits,
     step_words,
+    threefry_2x32,
     unpack_sampling,
+)
+
+_FLAGS = (
+    "is_random",
+    "use_penalties",
+    "use_bias",
+    "use_allowed",
+    "use_bad_words",
+    "wants_logprobs",
+    "ban_stop",
 )
 
 
@@ -50,7 +62,7 @@ def test_every_setting_comes_back():
         assert getattr(batch, name)[1] == np.float32(getattr(params, name)), name
     assert batch.repetition_penalty.tolist() == pytest.approx([1.0, 1.1])
     assert batch.top_k.tolist() == [NO_TOP_K, 17]
-    assert batch.seed[1].tolist() == [0x1234_5678, 0x9ABC_DEF0]
+    assert [int(word[1]) for word in batch.seed] == [0x1234_5678, 0x9ABC_DEF0]
     assert batch.slot.tolist() == [0, 1]
     assert batch.output_index.tolist() == [0, 4]
     for flag in ("use_penalties", "use_bias", "use_allowed", "use_bad_words", "wants_logprobs"):
@@ -73,8 +85,7 @@ def test_every_setting_comes_back():
 )
 def test_each_field_sets_its_own_flag(field, flag):
     plain, special = _unpack([SamplingParams()]), _unpack([SamplingParams(**field)])
-    flags = [name for name in SamplingBatch._fields if getattr(plain, name).dtype == jnp.bool_]
-    changed = [name for name in flags if getattr(plain, name)[0] != getattr(special, name)[0]]
+    changed = [name for name in _FLAGS if getattr(plain, name)[0] != getattr(special, name)[0]]
     assert changed == [flag]
 
 
@@ -83,9 +94,8 @@ def test_rows_that_do_not_sample_are_idle():
     params = SamplingParams(min_tokens=9, presence_penalty=1.0, logprobs=3, logit_bias={1: 1.0})
     batch = _unpack([params] * 2, slots_S=np.array([1, -1]), samples_S=np.array([False, False]))
     assert batch.slot.tolist() == [2, 2]
-    for name in SamplingBatch._fields:
-        values = getattr(batch, name)
-        assert values.dtype != jnp.bool_ or not values.any(), name
+    for name in (*_FLAGS, "uses_top_k", "uses_top_p", "changes_some", "changes_all"):
+        assert not getattr(batch, name).any(), name
 
 
 def test_the_table_is_not_changed_by_a_step():
@@ -110,6 +120,12 @@ def test_random_bits_differ_by_seed_and_index_only():
     assert len(np.unique(values)) == values.size
     again = random_bits(_unpack(params[2:3], output_indices_S=np.array([3])))
     assert again.tolist() == [values[3, 2]]
+
+
+def test_threefry_is_the_published_one():
+    key, counter = (jnp.uint32(7), jnp.uint32(2**32 - 5)), (jnp.uint32(1 << 31), jnp.uint32(9))
+    expected = threefry_2x32_of_jax(key, jnp.stack(counter))
+    assert [int(word) for word in threefry_2x32(key, counter)] == expected.tolist()
 
 
 def test_a_request_without_seed_gets_the_given_one():

@@ -22,7 +22,7 @@ from jaxinfer.sampling.params import pack_sampling, step_words, unpack_sampling
 from jaxinfer.sampling.select import _multiply_high, argmax_tokens, draw_tokens, top_tokens
 
 _NUM_POINTS = 1024
-_V = 300  # three blocks, the last one not full
+_V = 300  # two blocks, the last one not full
 _top_tokens = jax.jit(top_tokens, static_argnums=1)
 
 
@@ -189,7 +189,5 @@ def test_argmax_shows_a_nan_anywhere(position):
 @example(logits_V=np.full(_V, -np.inf, np.float32), num=20)
 @example(logits_V=np.arange(_V, dtype=np.float32), num=20)
 def test_top_tokens_matches_a_stable_sort(logits_V, num):
-    top_SK, id_SK = _top_tokens(jnp.asarray(logits_V)[None], num)
-    expected_K = np.argsort(-logits_V, kind="stable")[:num]
-    assert id_SK[0].tolist() == expected_K.tolist()
-    assert top_SK[0].tolist() == logits_V[expected_K].tolist()
+    id_SK = _top_tokens(jnp.asarray(logits_V)[None], num)
+    assert id_SK[0].tolist() == np.argsort(-logits_V, kind="stable")[:num].tolist()

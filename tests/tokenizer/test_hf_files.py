@@ -141,9 +141,13 @@ def test_vocab_and_merges_without_tokenizer_json(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ({}, "no tokenizer.json"),
-        ({"tokenizer.json": "{"}, "Cannot read .*tokenizer.json"),
+        ({"vocab.json": "{"}, "transformers cannot make a tokenizer"),
+        ({"tokenizer.json": "{"}, "tokenizer.json is no tokenizer"),
         ({"tokenizer.json": None, "tokenizer_config.json": "[1]"}, "must hold a JSON object"),
-        ({"tokenizer.json": None, "generation_config.json": "{"}, "Cannot read .*generation"),
+        (
+            {"tokenizer.json": None, "generation_config.json": "{"},
+            "generation_config.json cannot be read as JSON",
+        ),
     ],
 )
 def test_unusable_directories(tmp_path: Path, files: dict[str, Any], message: str) -> None:
@@ -152,8 +156,9 @@ def test_unusable_directories(tmp_path: Path, files: dict[str, Any], message: st
             byte_level().save(str(tmp_path / name))
         else:
             write(tmp_path / name, text)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as caught:
         load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_path_that_is_no_tokenizer(tmp_path: Path) -> None:
