@@ -34,6 +34,9 @@ def start_progress(stream: TextIO | None = None) -> Iterator[ProgressCallback]:
 
     def report(phase: str, done: int, total: int) -> None:
         if phase not in tasks:
+            for earlier in tasks.values():  # phases follow one another: their clocks stop
+                bars.update(earlier, completed=1, total=1)
+                bars.stop_task(earlier)
             tasks[phase] = bars.add_task(phase, amount="")
         bars.update(
             tasks[phase], completed=done, total=total or None, amount=shown_amount(done, total)

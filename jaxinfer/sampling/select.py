@@ -25,15 +25,13 @@ _EXPONENT_MASK = 0x7F800000  # of a float32's bits
 # Masses of a row add up to 2**29 .. 2**30: the sum, with the rounding of V terms, fits an int32,
 # and a probability is exact to 2**-30.
 _MASS_ONE_BITS = _ONE_BITS + (29 << 23)  # float32 2**29
-# The scale that counts tokens instead: those whose weight no mass can show are not worth counting.
-_COUNT = 2.0**30
-# The search splits its interval in eight in one pass over the weights: seven sums fuse into one
-# loop that XLA:CPU vectorizes, so a pass costs about as much as with one sum and finds three bits
-# of the 30 that tell the weights from 0 to 1 apart.
-_BITS_PER_PASS = 3
-_NUM_PASSES = 10
-# Rounds of the filter loop. One loop for all, since XLA compiles what is written twice twice.
-_TOP_K, _TOP_P, _SCALE = range(3)
+# The search splits its interval in four in one pass over the weights: three sums fuse into one
+# loop that XLA:CPU vectorizes, so a pass costs little more than with one sum and finds two bits of
+# the 30 that tell the weights from 0 to 1 apart.
+_BITS_PER_PASS = 2
+_NUM_PASSES = 15
+# Rounds of the filter loop. One loop for both, since XLA compiles what is written twice twice.
+_TOP_K, _TOP_P = range(2)
 
 
 class Best(NamedTuple):
@@ -126,26 +124,20 @@ def _filter(weight_SV: Array, batch: SamplingBatch) -> tuple[Array, Array]:
     top_p keeps the smallest set of mass >= top_p of what is left, with the token that crosses
     top_p (Holtzman et al., "The curious case of neural text degeneration", 2020) and its equals.
     """
-    is_top_p_S = batch.uses_top_p
-    after_top_k = jnp.where(jnp.any(is_top_p_S), _TOP_P, _SCALE)
 
-    def run_round(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        round_, least_S, _ = carry
+    def run_round(round_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        least_S, scale_S = carry
         is_top_k = round_ == _TOP_K
-        scale_S = _mass_scale(weight_SV, least_S)
-        found_S = _search(
-            weight_SV,
-            jnp.where(is_top_k, _COUNT, scale_S),
-            low_S=least_S,
-            active_S=jnp.where(is_top_k, batch.uses_top_k, is_top_p_S & (round_ == _TOP_P)),
-            batch=batch,
-        )
-        next_round = jnp.where(is_top_k, after_top_k, round_ + 1)
-        return next_round, jnp.maximum(least_S, found_S), scale_S
+        units_SV = jnp.where(is_top_k, 1, _mass(weight_SV, scale_S[:, None]))
+        least_S = _search(weight_SV, units_SV, least_S, batch, is_top_k=is_top_k)
+        return least_S, _mass_scale(weight_SV, least_S)
 
-    first_S = jnp.where(batch.uses_top_k, _TOP_K, jnp.where(is_top_p_S, _TOP_P, _SCALE))
-    carry = (jnp.min(first_S), batch.min_p, jnp.ones_like(batch.min_p))
-    return lax.while_loop(lambda carry: carry[0] <= _SCALE, run_round, carry)[1:]
+    return lax.fori_loop(
+        jnp.where(jnp.any(batch.uses_top_k), _TOP_K, _TOP_P),
+        jnp.where(jnp.any(batch.uses_top_p), _TOP_P + 1, _TOP_P),
+        run_round,
+        (batch.min_p, _mass_scale(weight_SV, batch.min_p)),
+    )
 
 
 def _share(total_S: Array, part_S: Array) -> Array:
@@ -155,55 +147,50 @@ def _share(total_S: Array, part_S: Array) -> Array:
 
 
 def _search(
-    weight_SV: Array, scale_S: Array, *, low_S: Array, active_S: Array, batch: SamplingBatch
+    weight_SV: Array, units_SV: Array, least_S: Array, batch: SamplingBatch, *, is_top_k: Array
 ) -> Array:
-    """The least weight that stays: low_S, or for active rows a larger one that top_k or top_p set.
+    """The least weight that stays: least_S, or a larger one that top_k (else top_p) sets.
 
-    That is the largest t at which the weights >= t are at least top_k (where the scale is _COUNT),
-    or at least top_p of the mass of those >= low_S. Stops early where they are exactly that: a
-    larger t would keep the same tokens.
+    That is the largest t at which the units of the weights >= t are at least top_k, or at least
+    top_p of the units of those >= least_S. Stops early where they are exactly that: a larger t
+    would keep the same tokens.
     """
-    is_count_S = scale_S == _COUNT
 
-    def is_open(state_5S: Array) -> Array:
-        pass_S, _, sum_S, target_S, _ = state_5S
+    def is_open(state_4S: Array) -> Array:
+        pass_S, _, sum_S, target_S = state_4S
         return jnp.any((pass_S <= _NUM_PASSES) & (sum_S != target_S))
 
-    def narrow(state_5S: Array) -> Array:
-        pass_S, low_S, sum_S, target_S, scale_S = state_5S
+    def narrow(state_4S: Array) -> Array:
+        pass_S, low_S, sum_S, target_S = state_4S
         # Pass 0 learns the mass at low_S: all its pivots are there. So are those of closed rows.
         is_moving_S = (pass_S > 0) & (pass_S <= _NUM_PASSES)
         shift_S = _BITS_PER_PASS * (_NUM_PASSES - pass_S)
         stride_S = jnp.where(is_moving_S, 1 << shift_S.clip(min=0), 0)
         pivots = [low_S + way * stride_S for way in range(1, 1 << _BITS_PER_PASS)]
-        sums = _sums_at(weight_SV, _as_float(scale_S), pivots)
+        sums = _sums_at(weight_SV, units_SV, [_as_float(pivot_S) for pivot_S in pivots])
         target_S = jnp.where(pass_S == 0, _share(sums[0], batch.top_p), target_S)
         for sum_at_S in sums:  # they fall, so those that pass are the first ones
             is_passed_S = sum_at_S >= target_S
             low_S += jnp.where(is_passed_S, stride_S, 0)
             sum_S = jnp.where(is_passed_S, sum_at_S, sum_S)
-        return jnp.stack([pass_S + 1, low_S, sum_S, target_S, scale_S])
+        return jnp.stack([pass_S + 1, low_S, sum_S, target_S])
 
-    first_pass_S = jnp.where(active_S, is_count_S.astype(jnp.int32), _NUM_PASSES + 1)
-    low_S = jnp.where(active_S & is_count_S, 0, _as_bits(low_S))
-    target_S = jnp.where(is_count_S, jnp.minimum(batch.top_k, weight_SV.shape[1]), -1)
-    # One array: each of several would be updated by a loop of its own. The scale is in it so that
-    # XLA does not compute the masses ahead of the loop, and for rounds without a pass.
-    start_5S = jnp.stack([first_pass_S, low_S, jnp.zeros_like(low_S), target_S, _as_bits(scale_S)])
-    return _as_float(lax.while_loop(is_open, narrow, start_5S)[1])
+    is_active_S = jnp.where(is_top_k, batch.uses_top_k, batch.uses_top_p)
+    pass_S = jnp.where(is_active_S, jnp.where(is_top_k, 1, 0), _NUM_PASSES + 1)
+    low_S = jnp.where(is_active_S & is_top_k, 0, _as_bits(least_S))
+    target_S = jnp.where(is_top_k, jnp.minimum(batch.top_k, weight_SV.shape[1]), -1)
+    # One array: each of several would be updated by a loop of its own.
+    start_4S = jnp.stack([pass_S, low_S, jnp.zeros_like(low_S), target_S])
+    found_S = _as_float(lax.while_loop(is_open, narrow, start_4S)[1])
+    return jnp.maximum(least_S, found_S)
 
 
-def _sums_at(weight_SV: Array, scale_S: Array, pivots: list[Array]) -> list[Array]:
-    """For each pivot (the bits of a weight), the mass (or number) of the weights at or above it.
+def _sums_at(weight_SV: Array, units_SV: Array, pivots: list[Array]) -> list[Array]:
+    """For each pivot, the units of the weights at or above it.
 
     One variadic reduce, so that the weights are read once for all pivots.
     """
-    scale_S1 = scale_S[:, None]
-    largest_S1 = jnp.where(scale_S1 == _COUNT, 1, jnp.iinfo(jnp.int32).max)
-    units_SV = jnp.minimum(_mass(weight_SV, scale_S1), largest_S1)
-    kept = tuple(
-        jnp.where(weight_SV >= _as_float(pivot_S)[:, None], units_SV, 0) for pivot_S in pivots
-    )
+    kept = tuple(jnp.where(weight_SV >= pivot_S[:, None], units_SV, 0) for pivot_S in pivots)
     zeros = (jnp.zeros((), jnp.int32),) * len(pivots)
 
     def add(left: tuple[Array, ...], right: tuple[Array, ...]) -> tuple[Array, ...]:

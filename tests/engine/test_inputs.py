@@ -117,3 +117,12 @@ def test_bad_words_become_tokens_and_validation_is_idempotent(inputs: InputProce
     once = inputs.validate("xyz", params)
     assert [97, 98] in once.params.bad_words_token_ids
     assert inputs.validate(once.prompt_token_ids, once.params).params == once.params
+
+
+def test_a_tokenizer_larger_than_the_model_is_warned_about(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tokenizer)
+    assert not caplog.records
+    make(tokenizer, vocab_size=100)
+    assert "the tokenizer has 259 tokens but the model only 100" in caplog.text

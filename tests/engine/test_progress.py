@@ -1,6 +1,7 @@
 """Progress: bars on a terminal, silence elsewhere."""
 
 import io
+import time
 
 import pytest
 
@@ -28,6 +29,18 @@ def test_a_terminal_shows_each_phase(terminal: Terminal):
     assert "load weights" in shown
     assert "10/10" in shown
     assert "compile" in shown
+
+
+def test_the_clock_of_a_phase_stops_when_the_next_begins(terminal: Terminal):
+    with start_progress(terminal) as report:
+        report("locate model", 0, 0)
+        report("compile", 1, 4)
+        time.sleep(1.2)
+        report("compile", 4, 4)
+    last_frame = terminal.getvalue().rpartition("locate model")[2]
+    first, _, second = last_frame.partition("compile")
+    assert "0:00:00" in first
+    assert "0:00:01" in second
 
 
 def test_bytes_are_shown_as_such(terminal: Terminal):

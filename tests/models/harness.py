@@ -1,4 +1,4 @@
-"""Runs a checkpoint through the engine's own path, up to logits: reader, family, loader, step model.
+"""Runs a checkpoint through the engine's path up to logits: reader, family, loader, step model.
 
 What the runner adds (packing, sampling, buckets) is left out. A `Session` is a small paged cache
 with a few sequences; `feed` runs one step over any mix of chunks and decodes.

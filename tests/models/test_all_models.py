@@ -14,9 +14,10 @@ import pytest
 
 from jaxinfer.config.env import cache_dir
 from jaxinfer.errors import CheckpointError
-from pallas_kernels.dispatch import choose_kernels
+from pallas_kernels.dispatch import KernelSet, choose_kernels
 from pallas_kernels.native.library import load_native_kernels
 from tests.models.harness import (
+    ENGINE_KERNELS,
     GOLDEN_DIR,
     GOLDEN_NAMES,
     REFERENCE_KERNELS,
@@ -28,43 +29,52 @@ from tests.tolerances import LOGITS_BFLOAT16, LOGITS_FLOAT32, SWITCH
 
 SPLITS = {
     "whole": [72],
-    "pages": [8, 16, 8, 40],
+    "whole-pages": [8, 16, 8, 40],
     "across-pages": [5, 1, 2, 9, 30, 25],
     "tokens-then-chunk": [1, 1, 1, 69],
 }
 
 
+ENGINE_NAMES = ["llama_9_3_tied", "mistral_window", "smollm3"]
+"""Run with the engine's kernels as well: grouped heads, windows, layers without rope."""
+
+
+def quick(names: set[str]) -> list[Any]:
+    """All golden models; those that are not named are slow tests."""
+    slow = pytest.mark.slow
+    return [name if name in names else pytest.param(name, marks=slow) for name in GOLDEN_NAMES]
+
+
 @cache
-def loaded(name: str) -> LoadedModel:
-    """On one device, in float32, with the engine's kernels; its steps are compiled once."""
-    return LoadedModel(GOLDEN_DIR / name)
+def loaded(name: str, kernels: KernelSet) -> LoadedModel:
+    """On one device, in float32; its steps are compiled once."""
+    return LoadedModel(GOLDEN_DIR / name, kernels=kernels)
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
-def test_logits_of_prompts_and_their_chunks(name: str):
-    golden = golden_of(name)
-    for split, sizes in SPLITS.items():
-        logits_TV = Session(loaded(name)).feed_in_chunks(golden.prompt, sizes)
-        assert golden.error(logits_TV) <= LOGITS_FLOAT32, split
-
-
-@pytest.mark.parametrize("name", GOLDEN_NAMES)
-def test_greedy_tokens(name: str):
-    """Single tokens in a step made for chunks; the other kind of step is below."""
-    golden, session = golden_of(name), Session(loaded(name))
+def test_logits_and_greedy_tokens(name: str):
+    """The prompt whole, then its continuation by single tokens."""
+    golden, session = golden_of(name), Session(loaded(name, REFERENCE_KERNELS))
     logits_TV = session.feed({0: golden.prompt})[0]
-    tokens: list[int] = []
-    while True:
-        tokens.append(int(logits_TV[-1].argmax()))
-        if len(tokens) == len(golden.greedy):
-            break
+    assert golden.error(logits_TV) <= LOGITS_FLOAT32
+    tokens = [int(logits_TV[-1].argmax())]
+    while len(tokens) < len(golden.greedy):
         logits_TV = session.feed({0: [tokens[-1]]}, decode_only=False)[0]
+        tokens.append(int(logits_TV[-1].argmax()))
     assert tokens == golden.greedy
 
 
-@pytest.mark.parametrize("name", ["llama_9_3_tied", "mistral_window", "qwen2_mixed_windows"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", quick(set(ENGINE_NAMES)))
+def test_chunks_are_the_whole_prompt(name: str, split: str):
+    golden, session = golden_of(name), Session(loaded(name, ENGINE_KERNELS))
+    logits_TV = session.feed_in_chunks(golden.prompt, SPLITS[split])
+    assert golden.error(logits_TV) <= LOGITS_FLOAT32
+
+
+@pytest.mark.parametrize("name", ["llama_9_3_tied", "mistral_window"])
 def test_token_by_token_in_decode_steps(name: str):
-    golden, session = golden_of(name), Session(loaded(name))
+    golden, session = golden_of(name), Session(loaded(name, ENGINE_KERNELS))
     logits_TV = session.feed_in_chunks(golden.prompt, [1] * len(golden.prompt))
     assert golden.error(logits_TV) <= LOGITS_FLOAT32
 
@@ -72,7 +82,7 @@ def test_token_by_token_in_decode_steps(name: str):
 @pytest.mark.parametrize("name", ["llama_9_3_tied", "mistral_window", "smollm3"])
 def test_sequences_in_one_step_do_not_see_each_other(name: str):
     """Three copies of the prompt, at different places, in every mix of chunks and decodes."""
-    golden, session = golden_of(name), Session(loaded(name))
+    golden, session = golden_of(name), Session(loaded(name, ENGINE_KERNELS))
     prompt = golden.prompt
     steps = [{0: 30, 1: 1}, {0: 1, 1: 1, 2: 40}, {1: 50, 2: 1}, {0: 41, 1: 1, 2: 1}, {1: 19, 2: 30}]
     found: dict[int, list[np.ndarray]] = {0: [], 1: [], 2: []}
@@ -86,25 +96,33 @@ def test_sequences_in_one_step_do_not_see_each_other(name: str):
         assert golden.error(np.concatenate(parts)) <= LOGITS_FLOAT32
 
 
-@pytest.mark.parametrize("tensor", [2, 4])
-@pytest.mark.parametrize("name", GOLDEN_NAMES)
-def test_logits_on_several_devices(name: str, tensor: int):
-    """Among them: 9 heads on 3 KV heads, one KV head, vocabulary and widths that do not divide."""
-    check_on_devices(name, LoadedModel(GOLDEN_DIR / name, tensor=tensor, kernels=REFERENCE_KERNELS))
+@pytest.mark.parametrize(
+    "name", quick({"llama_9_3_tied", "llama_mqa", "llama_biases", "qwen3", "smollm3"})
+)
+def test_logits_on_two_devices(name: str):
+    """Among them: 9 heads on 3 KV heads, one KV head, a vocabulary that does not divide."""
+    check_on_devices(name, tensor=2, kernels=REFERENCE_KERNELS)
 
 
-@pytest.mark.parametrize(("name", "tensor"), [("llama_9_3_tied", 2), ("llama_mqa", 4)])
-def test_logits_on_several_devices_with_the_engines_kernels(name: str, tensor: int):
-    check_on_devices(name, LoadedModel(GOLDEN_DIR / name, tensor=tensor))
+@pytest.mark.parametrize("name", quick({"llama_9_3_tied", "llama_mqa", "llama_biases", "granite"}))
+def test_logits_on_four_devices(name: str):
+    """As with two; here the hidden width does not divide either."""
+    check_on_devices(name, tensor=4, kernels=REFERENCE_KERNELS)
 
 
-def check_on_devices(name: str, model: LoadedModel) -> None:
-    golden = golden_of(name)
+def test_logits_on_several_devices_with_the_engines_kernels():
+    check_on_devices("llama_9_3_tied", tensor=2, kernels=ENGINE_KERNELS)
+
+
+def check_on_devices(name: str, *, tensor: int, kernels: KernelSet) -> None:
+    golden, model = golden_of(name), LoadedModel(GOLDEN_DIR / name, tensor=tensor, kernels=kernels)
     logits_TV = Session(model).feed_in_chunks(golden.prompt, [40, 1, 31])
     assert golden.error(logits_TV) <= LOGITS_FLOAT32
 
 
-@pytest.mark.parametrize("name", GOLDEN_NAMES)
+@pytest.mark.parametrize(
+    "name", quick({"llama_mha", "mistral_bfloat16", "qwen2", "qwen3", "granite"})
+)
 def test_bfloat16_is_as_good_as_transformers(name: str):
     golden = golden_of(name)
     model = LoadedModel(GOLDEN_DIR / name, dtype="bfloat16", kernels=REFERENCE_KERNELS)
@@ -148,7 +166,7 @@ SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("llama_rope_linear", {"rope_parameters": PLAIN_ROPE}),
     ("qwen2_rope_yarn", {"rope_parameters": PLAIN_ROPE}),
     ("mistral_window", {"sliding_window": 17}),  # one token more
-    ("qwen2_mixed_windows", {"max_window_layers": 2}),
+    ("qwen2_mixed_windows", {"layer_types": None, "max_window_layers": 2}),
     ("qwen2_mixed_windows", {"use_sliding_window": False, "layer_types": None}),
     ("granite", {"embedding_multiplier": None}),
     ("granite", {"attention_multiplier": None}),
@@ -173,8 +191,8 @@ def test_switches_matter(name: str, changes: dict[str, Any]):
         ("llama_biases", {"mlp_bias": False}, "model.layers.0.mlp.down_proj.bias"),
         ("llama_9_3_tied", {"tie_word_embeddings": False}, "lm_head.weight"),
         ("llama_mha", {"tie_word_embeddings": True, "vocab_size": 100}, "model.embed_tokens"),
-        ("qwen2", {"model_type": "mistral"}, "model.layers.0.self_attn.q_proj.bias"),
-        ("qwen3", {"model_type": "mistral"}, "model.layers.0.self_attn.q_norm.weight"),
+        ("qwen2", {"model_type": "qwen3"}, "model.layers.0.self_attn.q_proj.bias"),
+        ("qwen3", {"model_type": "qwen2"}, "model.layers.0.self_attn.q_norm.weight"),
         ("qwen3", {"head_dim": None}, "model.layers.0.self_attn.q_proj.weight"),
     ],
 )

@@ -67,6 +67,15 @@ def test_the_smallest_bucket_that_holds_the_step_is_chosen():
         choose(513, 1)
 
 
+def test_both_numbers_must_fit():
+    buckets = [
+        Bucket(num_tokens=16, num_seqs=2, decode_only=False),
+        Bucket(num_tokens=16, num_seqs=16, decode_only=False),
+    ]
+    chosen = choose_bucket(buckets, num_tokens=10, num_seqs=3, decode_only=False)
+    assert chosen.num_seqs == 16
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[EngineLimits, BucketRule, list[int], int, int]:
     max_tokens = draw(st.integers(1, 3000))

@@ -20,7 +20,7 @@ from jaxinfer.runner.packing import (
     pack_step,
     unpack_step,
 )
-from jaxinfer.sampling.params import NUM_WORDS, pack_sampling, unpack_sampling
+from jaxinfer.sampling.params import NUM_WORDS, pack_sampling, step_words, unpack_sampling
 from tests.runner.steps import make_seq, make_step, steps
 
 PAGE_SIZE = 8
@@ -108,20 +108,20 @@ def check_page_updates(step: ScheduledStep, got: StepInputs) -> None:
 
 def check_sampling(step: ScheduledStep, got: StepInputs) -> None:
     """Rows of those who sample are their slot's; all others are idle."""
-    batch = unpack_sampling(jnp.asarray(got.sampling_SW))
-    own = unpack_sampling(jnp.asarray(TABLE_RW))
+    idle = 0
     for row in range(BUCKET.num_seqs):
-        seq = step.seqs[row] if row < len(step.seqs) else None
-        if seq is None or not seq.samples:
-            assert batch.slot[row] == NUM_SLOTS
-            assert not batch.is_random[row]
-            assert not batch.wants_logprobs[row]
-            continue
-        assert batch.slot[row] == seq.slot
-        assert batch.output_index[row] == seq.output_index
-        for name in ("temperature", "top_p", "top_k", "seed", "is_random", "wants_logprobs"):
-            mine, theirs = getattr(batch, name)[row], getattr(own, name)[seq.slot]
-            np.testing.assert_array_equal(mine, theirs, err_msg=name)
+        seq = step.seqs[row] if row < len(step.seqs) else make_seq(0, [0], samples=False)
+        wanted_1W = step_words(
+            TABLE_RW,
+            slots_S=np.array([seq.slot]),
+            output_indices_S=np.array([seq.output_index]),
+            samples_S=np.array([seq.samples]),
+        )
+        np.testing.assert_array_equal(got.sampling_SW[row : row + 1], wanted_1W)
+        idle += not seq.samples
+    slots_S = np.asarray(unpack_sampling(jnp.asarray(got.sampling_SW)).slot)
+    sampling = [seq.slot for seq in step.seqs if seq.samples]
+    assert sorted(slots_S.tolist()) == sorted(sampling + [NUM_SLOTS] * idle)
 
 
 def test_many_new_pages_of_several_sequences():
