@@ -31,6 +31,9 @@ SIZES = {
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
     "max_position_embeddings": 128,
 }
 FRESH: dict[str, dict[str, Any]] = {
@@ -59,7 +62,7 @@ FRESH: dict[str, dict[str, Any]] = {
         }
     },
     "qwen3": {"head_dim": 24, "attention_bias": True, "tie_word_embeddings": True},
-    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "granite": {"attention_multiplier": 0.1, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "smollm3": {"use_sliding_window": True, "sliding_window": 11, "no_rope_layer_interval": 2},
 }
 
