@@ -1,7 +1,7 @@
 """Random ragged steps for the paged attention op, and its answer by dense softmax in numpy.
 
-Everything that a backend must not read is NaN: pages of nobody, places that no token has reached,
-and the queries, keys and values of padding.
+What a backend must not read is poison: NaN in pages of nobody, in places that no token has reached
+and in the queries of padding, infinity in its keys and values (so that a write of them is seen).
 """
 
 from dataclasses import dataclass
@@ -89,8 +89,8 @@ def make_step(sequences: list[Sequence], shapes: Shapes, spec: AttentionSpec, *,
         return rng.normal(size=shape).astype(dtype)
 
     q_TKGH = np.full((shapes.T, shapes.K, shapes.G, shapes.H), np.nan, dtype)
-    k_TKH = np.full((shapes.T, shapes.K, shapes.H), np.nan, dtype)
-    v_TKH = np.full_like(k_TKH, np.nan)
+    k_TKH = np.full((shapes.T, shapes.K, shapes.H), np.inf, dtype)
+    v_TKH = np.full_like(k_TKH, np.inf)
     pages_PKBC = np.full((shapes.P, shapes.K, shapes.B, 2 * shapes.H), np.nan, dtype)
     expected_TKGH = np.full(q_TKGH.shape, np.nan)
     # Columns behind a sequence's pages hold what was there before: pages of others, or of nobody.

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import RepetitionPenaltyLogitsProcessor
 
 from jaxinfer.core.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 from jaxinfer.sampling.params import pack_sampling, step_words, unpack_sampling
@@ -68,10 +66,11 @@ def _banned(result_V: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("penalty", [1.3, 0.5])
 @pytest.mark.parametrize("output", [_OUTPUT, []])
-def test_repetition_penalty_matches_transformers(penalty, output):
-    reference = RepetitionPenaltyLogitsProcessor(penalty)
-    ids = torch.LongTensor([_PROMPT + output])
-    expected_V = reference(ids, torch.from_numpy(_LOGITS_V)[None].clone())[0].numpy()
+def test_repetition_penalty_counts_prompt_and_output(penalty, output):
+    """Keskar et al. 2019: positive logits are divided, others multiplied."""
+    expected_V = _LOGITS_V.copy()
+    for token in {*_PROMPT, *output}:
+        expected_V[token] *= 1 / penalty if expected_V[token] > 0 else penalty
     result_V = _processed(SamplingParams(repetition_penalty=penalty), output=output)
     np.testing.assert_allclose(result_V, expected_V, rtol=1e-6)
 

@@ -1,36 +1,20 @@
-"""Filters and draws against transformers' logits warpers, and against the distribution."""
-
-from typing import NamedTuple
+"""Filters and draws against a sorting reference (itself against transformers), and the CDF."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.sampling.params import pack_sampling, step_words, unpack_sampling
 from jaxinfer.sampling.select import _multiply_high, argmax_tokens, draw_tokens, top_tokens
+from tests.sampling.warpers import Filters, kept_tokens
 
 _NUM_POINTS = 1024
 _V = 300  # two blocks, the last one not full
 _top_tokens = jax.jit(top_tokens, static_argnums=1)
-
-
-class Filters(NamedTuple):
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
 
 
 def _batch(filters: Filters, num: int):
@@ -61,17 +45,9 @@ def _draw_at_grid(logits_V: np.ndarray, filters: Filters, num: int = _NUM_POINTS
 
 
 def _reference_probs(logits_V: np.ndarray, filters: Filters) -> np.ndarray:
-    """transformers' warpers in vLLM's order, float64; tokens equal to the least kept one stay."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(filters.temperature)])
-    if filters.min_p > 0:
-        warpers.append(MinPLogitsWarper(filters.min_p))
-    if 0 < filters.top_k < logits_V.size:
-        warpers.append(TopKLogitsWarper(filters.top_k))
-    if filters.top_p < 1:
-        warpers.append(TopPLogitsWarper(filters.top_p))
+    """The filters in vLLM's order, float64; tokens equal to the least kept one stay."""
     scores_V = logits_V.astype(np.float64)
-    no_ids = torch.LongTensor([[0]])
-    kept_V = np.isfinite(warpers(no_ids, torch.from_numpy(scores_V)[None])[0].numpy())
+    kept_V = kept_tokens(logits_V, filters)
     kept_V = logits_V >= logits_V[kept_V].min()
     weight_V = np.where(kept_V, np.exp((scores_V - scores_V.max()) / filters.temperature), 0.0)
     return weight_V / weight_V.sum()
@@ -94,6 +70,27 @@ _filters = st.builds(
     top_p=st.sampled_from([1.0, 0.999, 0.9, 0.503, 0.1, 1e-6]),
     min_p=st.sampled_from([0.0, 0.03, 0.2, 1.0]),
 )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(logits_V=_logits, filters=_filters)
+def test_the_reference_is_transformers(logits_V, filters):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    warpers = transformers.LogitsProcessorList(
+        [transformers.TemperatureLogitsWarper(filters.temperature)]
+    )
+    if filters.min_p > 0:
+        warpers.append(transformers.MinPLogitsWarper(filters.min_p))
+    if 0 < filters.top_k < logits_V.size:
+        warpers.append(transformers.TopKLogitsWarper(filters.top_k))
+    if filters.top_p < 1:
+        warpers.append(transformers.TopPLogitsWarper(filters.top_p))
+    scores_V = torch.from_numpy(logits_V.astype(np.float64))
+    kept_V = np.isfinite(warpers(torch.LongTensor([[0]]), scores_V[None])[0].numpy())
+    least = logits_V[kept_V].min()
+    assert least == logits_V[kept_tokens(logits_V, filters)].min()  # which of equals stays may vary
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
