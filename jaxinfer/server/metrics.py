@@ -70,6 +70,43 @@ class HttpMetrics:
         self._seconds.labels(handler, method).observe(seconds)
 
 
+class _Families:
+    """Makes metrics that carry the prefix and the model's name."""
+
+    def __init__(self, registry: CollectorRegistry, *, prefix: str, model_name: str) -> None:
+        self._registry = registry
+        self._prefix = prefix
+        self._model_name = model_name
+
+    def histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        family = Histogram(
+            f"{self._prefix}:{name}",
+            text,
+            ("model_name",),
+            buckets=buckets,
+            registry=self._registry,
+        )
+        return family.labels(self._model_name)
+
+    def counter(self, name: str, text: str) -> Counter:
+        name = f"{self._prefix}:{name}"
+        return Counter(name, text, ("model_name",), registry=self._registry).labels(
+            self._model_name
+        )
+
+    def finished(self) -> dict[str, Counter]:
+        """A counter for each way to end."""
+        family = Counter(
+            f"{self._prefix}:request_success",
+            "Completions ended, by reason; abort counts clients that went away.",
+            ("model_name", "finished_reason"),
+            registry=self._registry,
+        )
+        return {
+            reason.value: family.labels(self._model_name, reason.value) for reason in FinishReason
+        }
+
+
 class EngineMetrics:
     """Everything labelled with the model's name."""
 
@@ -82,16 +119,8 @@ class EngineMetrics:
         info: EngineInfo,
         stats: Callable[[], EngineStats],
     ) -> None:
-        def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
-            family = Histogram(
-                f"{prefix}:{name}", text, ("model_name",), buckets=buckets, registry=registry
-            )
-            return family.labels(model_name)
-
-        def counter(name: str, text: str) -> Counter:
-            family = Counter(f"{prefix}:{name}", text, ("model_name",), registry=registry)
-            return family.labels(model_name)
-
+        families = _Families(registry, prefix=prefix, model_name=model_name)
+        histogram, counter = families.histogram, families.counter
         tokens = _token_buckets(info.max_model_len)
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that ended.")
         self._cached_tokens = counter(
@@ -132,15 +161,7 @@ class EngineMetrics:
         self._params_max = histogram(
             "request_params_max_tokens", "max_tokens of a request.", tokens
         )
-        success = Counter(
-            f"{prefix}:request_success",
-            "Completions ended, by reason; abort counts clients that went away.",
-            ("model_name", "finished_reason"),
-            registry=registry,
-        )
-        self._finished = {
-            reason.value: success.labels(model_name, reason.value) for reason in FinishReason
-        }
+        self._finished = families.finished()
         registry.register(self._generation_tokens)
         registry.register(self._itl)
         registry.register(_EngineCollector(prefix, model_name, info, stats))
