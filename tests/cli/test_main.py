@@ -109,5 +109,5 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path):
         f"{sys.executable} -m jaxinfer.cli.main models list | head -c 1; exit ${{PIPESTATUS[0]}}"
     )
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert result.stderr == ""
+    assert "Traceback" not in result.stderr and "Broken pipe" not in result.stderr
     assert result.returncode in (0, 1)

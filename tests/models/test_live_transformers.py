@@ -81,6 +81,7 @@ def test_golden_files_are_what_transformers_computes(name: str):
     assert golden.error(transformers_logits(model, golden.prompt)) <= LOGITS_FLOAT32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", FRESH)
 def test_fresh_models(model_type: str, tmp_path: Path):
     config = transformers.AutoConfig.for_model(model_type, **(SIZES | FRESH[model_type]))
