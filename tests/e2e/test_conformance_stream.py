@@ -143,7 +143,7 @@ def test_frames_come_one_by_one(api: Api) -> None:
         sizes = []
         while data := response.read1():
             sizes.append(len(data))
-    assert len(sizes) > 20
+    assert len(sizes) > 2  # not more: frames that a busy client has not fetched are merged
     assert max(sizes) < sum(sizes) / 4
 
 
