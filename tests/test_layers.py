@@ -42,7 +42,10 @@ LAYERS = {
 
 BELOW_ALL = {"errors": -2, "logging": -1}  # modules at the root that even core may import
 
-NO_JAX_PACKAGES = ("core", "config", "kv_cache", "tokenizer", "scheduler", "server", "cli")
+NO_JAX_PACKAGES = (
+    *("core", "config", "kv_cache", "tokenizer", "scheduler"),
+    *("batch", "bench", "server", "cli"),
+)
 NO_JAX_MODULES = (
     "jaxinfer",
     "jaxinfer.engine.client",

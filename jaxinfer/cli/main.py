@@ -23,6 +23,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "serve": Command("jaxinfer.cli.serve", "OpenAI-style HTTP server"),
+    "run": Command("jaxinfer.cli.run", "batch job from a YAML file"),
+    "run-batch": Command("jaxinfer.cli.run_batch", "answer an OpenAI batch file"),
     "generate": Command("jaxinfer.cli.generate", "complete one prompt"),
     "chat": Command("jaxinfer.cli.chat", "talk to a model in the terminal"),
     "models": Command("jaxinfer.cli.models", "list, show, pull and convert models"),

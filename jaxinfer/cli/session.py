@@ -42,7 +42,7 @@ class Session:
 
     def __enter__(self) -> Self:
         try:
-            with start_progress() as on_progress:
+            with start_progress(with_lines=self._log_level == "warning") as on_progress:
                 model = load_model_tokenizer(self._config, on_progress)
                 self._tokenizer = model.tokenizer
                 self._check(model.tokenizer)

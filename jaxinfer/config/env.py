@@ -16,3 +16,8 @@ def cache_dir() -> Path:
 def api_key() -> str | None:
     """$JAXINFER_API_KEY: a key for clients that must not stand on the command line."""
     return os.environ.get("JAXINFER_API_KEY") or None
+
+
+def compiler_flags() -> str:
+    """$XLA_FLAGS and $LIBTPU_INIT_ARGS: XLA reads them itself; compiled programs depend on them."""
+    return " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"))

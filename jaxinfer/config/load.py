@@ -17,7 +17,7 @@ from jaxinfer.config.schema import EngineConfig, ServeConfig
 from jaxinfer.config.validate import validate
 from jaxinfer.errors import ConfigError
 
-ConfigT = TypeVar("ConfigT", EngineConfig, ServeConfig)
+ConfigT = TypeVar("ConfigT")
 
 VLLM_ONLY = {
     "enforce_eager": "every shape is compiled before /ready and kept in --compile-cache",
@@ -68,15 +68,23 @@ def _help_of(setting: Setting) -> str:
     return f"{text} (default: {setting.default})" if shown else text
 
 
-def add_flags(parser: argparse.ArgumentParser, config_type: type, *, model_argument: bool) -> None:
-    """Adds a flag for every setting of `config_type`, and --config.
+def add_flags(
+    parser: argparse.ArgumentParser,
+    config_type: type,
+    *,
+    model_argument: bool,
+    config_file: bool = True,
+) -> None:
+    """Adds a flag for every setting of `config_type`, and (with `config_file`) --config.
 
     Values stay text here: `config_from_args` converts them, so that flags and YAML keys fail
     with the same words. With `model_argument` MODEL may be given without --model.
     """
     if model_argument:
         parser.add_argument("model_argument", metavar="MODEL", nargs="?", help="same as --model")
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings, one `name: value` a line")
+    if config_file:
+        text = "settings, one `name: value` a line"
+        parser.add_argument("--config", metavar="FILE.yaml", help=text)
     group, section = parser.add_argument_group("settings"), ""
     for setting in settings_of(config_type).values():
         if setting.section != section:
@@ -97,7 +105,8 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type, *, model_argum
         group.add_argument(*_option_strings(setting), **arguments)
 
 
-def _flag_values(args: argparse.Namespace, config_type: type) -> dict[str, Any]:
+def flag_values(args: argparse.Namespace, config_type: type) -> dict[str, Any]:
+    """Setting name -> value of the flags that were written."""
     settings = settings_of(config_type)
     values = {
         name: convert(setting, vars(args)[f"setting_{name}"], where=setting.flag)
@@ -117,7 +126,7 @@ def config_from_args(args: argparse.Namespace, config_type: type[ConfigT]) -> Co
     values = {}
     if args.config is not None:
         values = read_yaml(Path(args.config), config_type)
-    config = build(config_type, values | _flag_values(args, config_type))
+    config = build(config_type, values | flag_values(args, config_type))
     validate(config)
     return config
 
@@ -153,33 +162,33 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
-def _read_mapping(path: Path) -> dict[Any, Any]:
+def read_mapping(path: Path, *, where: str) -> dict[Any, Any]:
+    """A YAML file with a mapping in it; raises ConfigError that begins with `where`."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror}).") from error
+        raise ConfigError(f"{where}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: is not UTF-8 text.") from error
+        raise ConfigError(f"{where}: is not UTF-8 text.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: is not YAML: {_yaml_problem(error)}.") from error
+        raise ConfigError(f"{where}: is not YAML: {_yaml_problem(error)}.") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"--config {path}: expected `name: value` lines, got a {type(content).__name__}."
-        )
+        raise ConfigError(f"{where}: expected `name: value` lines, got a {type(content).__name__}.")
     return content
 
 
 def read_yaml(path: Path, config_type: type) -> dict[str, Any]:
     """Setting name -> value of a YAML file with flat keys, named like the flags (- or _)."""
-    return _named_values(_read_mapping(path), config_type, where=str(path))
+    return named_values(read_mapping(path, where=f"--config {path}"), config_type, where=str(path))
 
 
 # -------------------------------------------------------------------------------- arguments
 
 
-def _named_values(given: Mapping[Any, Any], config_type: type, *, where: str) -> dict[str, Any]:
+def named_values(given: Mapping[Any, Any], config_type: type, *, where: str) -> dict[str, Any]:
+    """Setting name -> converted value of a mapping that users wrote; raises ConfigError."""
     names = _names(config_type)
     values: dict[str, Any] = {}
     for key, value in given.items():
@@ -195,6 +204,6 @@ def _named_values(given: Mapping[Any, Any], config_type: type, *, where: str) ->
 
 def engine_config_from_kwargs(**kwargs: Any) -> EngineConfig:
     """The validated configuration of `LLM(model, **engine_args)`; raises ConfigError."""
-    config = build(EngineConfig, _named_values(kwargs, EngineConfig, where="engine argument"))
+    config = build(EngineConfig, named_values(kwargs, EngineConfig, where="engine argument"))
     validate(config)
     return config

@@ -90,14 +90,32 @@ def _dtypes(values: dict[str, Any], model: ModelFacts, device: DeviceFacts) -> I
     dtype = values["dtype"]
     if dtype == "auto":
         if device.platform == "cpu":
-            dtype, reason = "float32", "a CPU multiplies single bfloat16 rows one number at a time"
+            dtype, reason = "float32", "what a CPU computes in"
         elif model.dtype in ("float16", "bfloat16") and device.platform == "gpu":
             dtype, reason = model.dtype, "the checkpoint's"
         else:
             dtype, reason = "bfloat16", f"the checkpoint's is {model.dtype}"
         yield Choice("dtype", dtype, reason)
+    yield from _weight_dtype(values, dtype, model, device)
     if values["kv_cache_dtype"] == "auto":
         yield Choice("kv_cache_dtype", dtype, "the dtype")
+
+
+def _weight_dtype(
+    values: dict[str, Any], dtype: str, model: ModelFacts, device: DeviceFacts
+) -> Iterable[Choice]:
+    """`dtype` is what was chosen, `values` what was asked for."""
+    asked = values["weight_dtype"]
+    if asked == "auto":
+        if device.platform == "cpu" and values["dtype"] == "auto" and model.dtype == "bfloat16":
+            yield Choice("weight_dtype", "bfloat16", "the checkpoint's; products are float32")
+        else:
+            yield Choice("weight_dtype", dtype, "the dtype")
+    elif asked != dtype and (device.platform != "cpu" or "float16" in (asked, dtype)):
+        raise ConfigError(
+            f"weight_dtype={asked!r} does not go with dtype={dtype!r} on {device.platform!r}: only "
+            "a CPU mixes types, and only float32 with bfloat16. Leave weight_dtype out."
+        )
 
 
 def _context(values: dict[str, Any], model: ModelFacts) -> Iterable[Choice]:

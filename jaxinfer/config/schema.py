@@ -44,6 +44,11 @@ class ModelConfig:
         default=None, help="where downloads go (default: the cache directory)"
     )
     dtype: DType = option(default="auto", help="type of weights and activations")
+    weight_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        default="auto",
+        help="type of the weights in memory; may differ from dtype on a CPU only, whose C++ "
+        "products are float32 with weights of either float32 or bfloat16",
+    )
     max_model_len: int | None = option(
         default=None, help="longest prompt + output, tokens (default: the model's)", units=True
     )
@@ -175,6 +180,15 @@ class ServerConfig:
     disable_log_requests: bool = option(default=False, help="no log line per request")
     shutdown_timeout: float = option(
         default=0.0, help="seconds that running requests get at SIGTERM"
+    )
+    engine_stall_timeout: float = option(
+        default=120.0,
+        help="seconds without a step, while requests run, after which the engine core is "
+        "restarted (0: never)",
+    )
+    engine_max_restarts: int = option(
+        default=3,
+        help="restarts of a lost engine core within 10 minutes before the server gives up",
     )
     root_path: str = option(default="", help="prefix of all routes, behind a proxy")
     response_role: str = option(default="assistant", help="role in chat answers")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.config.fields import flatten
-from jaxinfer.config.schema import EngineConfig, ServeConfig
 from jaxinfer.errors import ConfigError
 
 MAX_SEED = 2**32 - 1  # what every random generator that is seeded with it takes
@@ -69,7 +68,7 @@ RULES: tuple[Rule, ...] = (
         "api_server_count",
         "max_body_bytes",
     ),
-    *_at_least(0, "long_prefill_token_threshold"),
+    *_at_least(0, "long_prefill_token_threshold", "engine_max_restarts"),
     Rule(name="model", holds=bool, expected="the name or the path of a model"),
     Rule(name="seed", holds=lambda v: 0 <= v <= MAX_SEED, expected=f"between 0 and {MAX_SEED}"),
     Rule(
@@ -98,6 +97,11 @@ RULES: tuple[Rule, ...] = (
         name="shutdown_timeout",
         holds=lambda value: value >= 0 and math.isfinite(value),
         expected="seconds, at least 0",
+    ),
+    Rule(
+        name="engine_stall_timeout",
+        holds=lambda value: value >= 0 and math.isfinite(value),
+        expected="seconds, at least 0 (0: never)",
     ),
     Rule(
         name="root_path",
@@ -148,8 +152,11 @@ def _check_combinations(values: dict[str, Any]) -> None:
         )
 
 
-def validate(config: EngineConfig | ServeConfig) -> None:
-    """Raises ConfigError that names setting, value and repair; returns when all is well."""
+def validate(config: Any) -> None:
+    """Raises ConfigError that names setting, value and repair; returns when all is well.
+
+    `config` is an EngineConfig or a tree that holds one.
+    """
     values = flatten(config)
     for rule in RULES:
         value = values.get(rule.name)

@@ -74,7 +74,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["models", "show", "no-such-model"], 1, ["no-such-model"]),
         (["models", "pull", "./no/such/directory"], 1, ["./no/such/directory"]),
         (["models", "convert", "m"], 2, ["--output"]),
-        (["bench", "throughput", "--num-prompts", "0"], 2, ["num_prompts", "0"]),
+        (["bench", "throughput", "--num-prompts", "0"], 2, ["--num-prompts", "0"]),
         (["bench", "throughput", "--workloads", "peers", "--only", "9"], 2, ["only", "9"]),
         (["generate", "m", "-p", "x", "--log-level", "loud"], 2, ["--log-level", "loud"]),
         (["info", "--jsn"], 2, ["--jsn", "--json"]),

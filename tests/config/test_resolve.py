@@ -37,6 +37,37 @@ def test_dtype_follows_device_and_checkpoint(checkpoint: str, device: DeviceFact
     assert values["dtype"] == values["kv_cache_dtype"] == dtype
 
 
+@pytest.mark.parametrize(
+    ("asked", "checkpoint", "device", "weights"),
+    [
+        ({}, "bfloat16", CPU, "bfloat16"),  # half the bytes, and nothing lost
+        ({}, "float32", CPU, "float32"),
+        ({}, "float16", CPU, "float32"),
+        ({"dtype": "float32"}, "bfloat16", CPU, "float32"),  # what was asked for, nothing less
+        ({"dtype": "float32", "weight_dtype": "bfloat16"}, "float32", CPU, "bfloat16"),
+        ({}, "bfloat16", TPU, "bfloat16"),
+    ],
+)
+def test_weights_keep_the_checkpoints_type_where_products_allow_it(
+    asked: dict[str, str], checkpoint: str, device: DeviceFacts, weights: str
+):
+    values = resolved(replace(MODEL, dtype=checkpoint), device, **asked)
+    assert values["weight_dtype"] == weights
+
+
+@pytest.mark.parametrize(
+    ("asked", "device"),
+    [
+        ({"weight_dtype": "float32"}, TPU),
+        ({"dtype": "float16", "weight_dtype": "bfloat16"}, CPU),
+        ({"weight_dtype": "float16"}, CPU),
+    ],
+)
+def test_types_that_no_product_mixes_are_refused(asked: dict[str, str], device: DeviceFacts):
+    with pytest.raises(ConfigError, match="weight_dtype='.*' does not go with dtype="):
+        resolved(MODEL, device, **asked)
+
+
 def test_a_given_dtype_stays_and_the_cache_follows_it():
     values = resolved(dtype="bfloat16")
     assert values["dtype"] == values["kv_cache_dtype"] == "bfloat16"

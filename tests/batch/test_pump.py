@@ -1,0 +1,190 @@
+"""The work itself: every line once, bounded, through refusals, failures and stops."""
+
+import asyncio
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from jaxinfer.batch.job import check_inputs, open_job
+from jaxinfer.batch.lines import Line, Reply
+from jaxinfer.batch.pump import Counts
+from jaxinfer.errors import EngineDeadError, JaxInferError
+from tests.batch.echo import (
+    completion,
+    echo,
+    make_job,
+    pump_of,
+    request_line,
+    run_echo,
+    write_requests,
+)
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(status: int, *, retry_after_s: float | None = None) -> Reply:
+    body = {"error": {"message": f"status {status}", "code": status}}
+    return Reply(status=status, body=body, request_id="q", retry_after_s=retry_after_s)
+
+
+def test_every_line_gets_one_record_and_bad_ones_stop_nothing(tmp_path: Path):
+    lines = [request_line(index) for index in range(150)]
+    lines[10], lines[20], lines[149] = "nonsense\n", "\n", '{"custom_id": "half"'
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(lines))
+
+    async def answer(line: Line) -> Reply:
+        return refused(400) if line.number == 31 else await echo(line)
+
+    counts = run_echo(make_job(source, target), answer)
+    assert (counts.num_ok, counts.num_failed, counts.num_in_work) == (146, 3, 0)
+    assert (counts.num_prompt_tokens, counts.num_output_tokens) == (2 * 146, 3 * 146)
+    found = {record["line"]: record for record in records(target)}
+    assert found.keys() == set(range(1, 151)) - {21}
+    assert found[1] == {
+        "id": "batch_req_1",
+        "custom_id": "r0",
+        "line": 1,
+        "response": {"status_code": 200, "request_id": "1", "body": completion("say 0")},
+        "error": None,
+    }
+    assert found[31]["response"]["status_code"] == 400
+    assert found[31]["error"] == {"message": "status 400", "code": 400}
+    assert found[11]["custom_id"] is None
+    assert found[11]["response"]["status_code"] == 400
+    assert found[11]["error"]["message"].startswith(f"{source}:11: not JSON")
+
+
+def test_as_many_at_once_as_allowed(tmp_path: Path):
+    job = make_job(write_requests(tmp_path / "in.jsonl", 60), tmp_path / "out.jsonl")
+    at_once: Counter[int] = Counter()
+    num_running = 0
+
+    async def answer(line: Line) -> Reply:
+        nonlocal num_running
+        num_running += 1
+        at_once[num_running] += 1
+        await asyncio.sleep(0.001)
+        num_running -= 1
+        return await echo(line)
+
+    run_echo(job, answer, concurrency=5)
+    assert max(at_once) == 5
+
+
+def test_an_answer_is_in_the_file_when_it_is_there(tmp_path: Path):
+    target = tmp_path / "out.jsonl"
+    job = make_job(write_requests(tmp_path / "in.jsonl", 30), target)
+
+    async def answer(line: Line) -> Reply:
+        assert len(records(target)) == line.number - 1
+        return await echo(line)
+
+    run_echo(job, answer, concurrency=1)
+
+
+def test_busy_is_no_answer(tmp_path: Path):
+    job = make_job(write_requests(tmp_path / "in.jsonl", 20), tmp_path / "out.jsonl")
+    asked: Counter[int] = Counter()
+
+    async def answer(line: Line) -> Reply:
+        asked[line.number] += 1
+        is_first = asked[line.number] == 1
+        return refused(503, retry_after_s=0.001) if is_first else await echo(line)
+
+    assert run_echo(job, answer).num_ok == 20
+    assert set(asked.values()) == {2}
+
+
+def test_nothing_but_refusals_ends_the_job_and_it_can_go_on(tmp_path: Path):
+    target = tmp_path / "out.jsonl"
+    job = make_job(write_requests(tmp_path / "in.jsonl", 20), target)
+
+    async def answer(line: Line) -> Reply:
+        return refused(503, retry_after_s=0.01) if line.number > 5 else await echo(line)
+
+    with (
+        pytest.raises(EngineDeadError, match=r"status 503 Start the same command again"),
+        open_job(job, check_inputs(job), overwrite=False) as opened,
+    ):
+        asyncio.run(pump_of(opened, answer, give_up_after_s=0.05).run())
+    assert len(records(target)) == 5, "a line that was refused for the moment is not done"
+    assert run_echo(job).num_ok == 15
+    assert sorted(record["line"] for record in records(target)) == list(range(1, 21))
+
+
+def test_a_stop_finishes_what_is_in_work_and_begins_nothing(tmp_path: Path):
+    target = tmp_path / "out.jsonl"
+    job = make_job(write_requests(tmp_path / "in.jsonl", 500), target)
+    stop, begun = asyncio.Event(), []
+
+    async def answer(line: Line) -> Reply:
+        begun.append(line.number)
+        if len(begun) == 20:
+            stop.set()
+        await asyncio.sleep(0.002)
+        return await echo(line)
+
+    with open_job(job, check_inputs(job), overwrite=False) as opened:
+        asyncio.run(pump_of(opened, answer, stop=stop).run())
+    assert len(begun) == 20
+    assert sorted(record["line"] for record in records(target)) == sorted(begun)
+    assert run_echo(job).num_ok == 480
+
+
+def test_a_cancelled_run_gives_up_what_is_in_work(tmp_path: Path):
+    target = tmp_path / "out.jsonl"
+    job = make_job(write_requests(tmp_path / "in.jsonl", 50), target)
+    counts, ended, all_wait = Counts(), [], asyncio.Event()
+
+    async def answer(line: Line) -> Reply:
+        if line.number <= 10:
+            return await echo(line)
+        if counts.num_in_work == 8 and counts.num_ok == 10:
+            all_wait.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            ended.append(line.number)
+        raise AssertionError("it was to be cancelled")
+
+    async def run() -> None:
+        with open_job(job, check_inputs(job), overwrite=False) as opened:
+            work = asyncio.create_task(pump_of(opened, answer, counts=counts).run())
+            await all_wait.wait()
+            work.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await work
+
+    asyncio.run(run())
+    assert len(ended) == 8
+    assert counts.num_in_work == 0
+    assert sorted(record["line"] for record in records(target)) == list(range(1, 11))
+
+
+@pytest.mark.parametrize("where", ["handler", "input"])
+def test_a_failure_ends_the_job(where: str, tmp_path: Path):
+    source = write_requests(tmp_path / "in.jsonl", 500)
+    if where == "input":
+        import gzip
+
+        cut = gzip.compress(source.read_bytes())[:-200]
+        source = tmp_path / "in.jsonl.gz"
+        source.write_bytes(cut)
+    target = tmp_path / "out.jsonl"
+    job = make_job(source, target)
+
+    async def answer(line: Line) -> Reply:
+        if where == "handler" and line.number == 100:
+            raise EngineDeadError("it is gone")
+        return await echo(line)
+
+    words = {"handler": "it is gone", "input": "cannot be read on: .* Nothing is lost"}[where]
+    with pytest.raises(JaxInferError, match=words):
+        run_echo(job, answer)
+    lines = [record["line"] for record in records(target)]
+    assert len(lines) == len(set(lines)) > 0

@@ -1,0 +1,231 @@
+"""Lines from files: every form, and everything that can be wrong with a line."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from jaxinfer.batch import readers
+from jaxinfer.batch.files import find_files
+from jaxinfer.batch.job import check_inputs
+from jaxinfer.batch.lines import BadLine, Line
+from jaxinfer.batch.readers import JobReader
+from jaxinfer.config.job import InputsConfig
+from jaxinfer.errors import ConfigError
+from tests.batch.echo import make_job, request_line
+
+
+def read(
+    *paths: Path | str, done: Callable[[int], bool] = lambda _: False, **inputs: Any
+) -> list[Line | BadLine]:
+    config = InputsConfig(path=[str(path) for path in paths], **inputs)
+    return list(JobReader(config, find_files(config.path)).read(done))
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_openai_lines(tmp_path: Path):
+    file = write(tmp_path / "a.jsonl", request_line(0) + "\n\r\n" + request_line(1).rstrip())
+    first, second = read(file)
+    assert isinstance(first, Line)
+    assert first == Line(
+        1, f"{file}:1", "r0", "/v1/completions", {"prompt": "say 0"}, first.num_bytes
+    )
+    assert (second.number, second.where) == (4, f"{file}:4"), "blank lines count, and are skipped"
+
+
+@pytest.mark.parametrize(
+    ("line", "custom_id", "words"),
+    [
+        (b"nonsense", None, "not JSON"),
+        (b'{"custom_id": "a"', None, "not JSON"),
+        (b"\xff\xfe", None, "not JSON"),
+        (b"[" * 100_000, None, "nested too deeply"),
+        (b"[1]", None, "not a JSON object but [1]"),
+        (b"{}", None, "custom_id is missing"),
+        (b'{"custom_id": 5}', None, "custom_id must be a text, got 5"),
+        (b'{"custom_id": "a", "method": "GET"}', "a", 'method must be "POST", got "GET"'),
+        (b'{"custom_id": "a", "method": "POST"}', "a", "url must be a text"),
+        (b'{"custom_id": "a", "method": "POST", "url": "/v1/completions"}', "a", "body must be"),
+        (b'{"custom_id": "a", "url": "/v1/x", "body": [1]}', "a", "body must be"),
+    ],
+)
+def test_bad_lines_are_told_and_do_not_end_the_reading(
+    line: bytes, custom_id: str | None, words: str, tmp_path: Path
+):
+    good = request_line(0).encode()
+    file = write(tmp_path / "a.jsonl", good + line + b"\n" + good)
+    first, bad, last = read(file)
+    assert isinstance(first, Line)
+    assert isinstance(last, Line)
+    assert isinstance(bad, BadLine)
+    assert (bad.number, bad.where, bad.custom_id) == (2, f"{file}:2", custom_id)
+    assert words in bad.message
+
+
+def test_a_line_without_end_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    file = write(tmp_path / "a.jsonl", "x" * 5000 + "\n" + request_line(0) + "y" * 1001)
+    too_long, good, last = read(file)
+    assert isinstance(too_long, BadLine)
+    assert "longer than 1000 bytes" in too_long.message
+    assert isinstance(good, Line)
+    assert good.number == 2
+    assert isinstance(last, BadLine)
+
+
+def test_text_is_a_prompt_a_line(tmp_path: Path):
+    file = write(tmp_path / "a.txt", b"\xef\xbb\xbfone {x}\r\n\n\xff\n two \n")
+    one, bad, two = read(file, mode="completion")
+    assert isinstance(one, Line)
+    assert (one.custom_id, one.body) == ("line-1", {"prompt": "one {x}"})
+    assert isinstance(bad, BadLine)
+    assert "not UTF-8" in bad.message
+    assert isinstance(two, Line)
+    assert (two.number, two.body) == (4, {"prompt": " two "})
+    [chat, *_] = read(file, system="be brief")
+    assert isinstance(chat, Line)
+    assert chat.url == "/v1/chat/completions"
+    assert chat.body == {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "one {x}"},
+        ]
+    }
+
+
+def test_numbers_go_on_from_file_to_file_and_done_lines_are_skipped(tmp_path: Path):
+    write(tmp_path / "b.txt", "b1\nb2\n")
+    write(tmp_path / "a.txt", "a1\na2\na3")
+    items = read(tmp_path / "*.txt", done={2, 4}.__contains__)
+    assert [(item.number, item.where.rpartition("/")[2]) for item in items] == [
+        (1, "a.txt:1"),
+        (3, "a.txt:3"),
+        (5, "b.txt:2"),
+    ]
+
+
+def test_gzip(tmp_path: Path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(request_line(3).encode()))
+    [line] = read(tmp_path / "a.jsonl.gz")
+    assert line.custom_id == "r3"
+
+
+ROWS = [
+    {"id": 7, "title": "A", "text": "first"},
+    {"id": 8, "title": None, "text": "second"},
+    {"id": None, "title": "C", "text": "third"},
+]
+
+
+def write_rows(path: Path) -> Path:
+    match path.suffix:
+        case ".parquet":
+            return write_parquet(path, ROWS)
+        case ".csv":
+            return write(path, 'id,title,text\n7,A,first\n\n8,"B\n\nb",second\n9,C\n,C,third\n')
+        case _:
+            return write(path, "\n".join(map(json.dumps, ROWS)))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv"])
+def test_columns(name: str, tmp_path: Path):
+    file = write_rows(tmp_path / name)
+    items = read(file, template="{title}: {text} {{x}}", mode="completion", id_column="id")
+    first, second, *_, last = items
+    assert isinstance(first, Line)
+    assert (first.custom_id, first.body) == ("7", {"prompt": "A: first {x}"})
+    assert second.custom_id == "8"
+    assert isinstance(last, Line)
+    assert last.body == {"prompt": "C: third {x}"}
+    if name == "a.csv":
+        assert isinstance(second, Line)
+        assert second.body == {"prompt": "B\n\nb: second {x}"}
+        bad = items[2]
+        assert isinstance(bad, BadLine)
+        assert "2 fields and the header 3" in bad.message
+    else:
+        assert isinstance(second, BadLine)
+        assert second.message == "column 'title' is empty."
+        assert last.custom_id == "line-3"
+
+
+def test_a_column_of_messages(tmp_path: Path):
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "name": "b"}]
+    file = write_parquet(tmp_path / "a.parquet", [{"m": messages}])
+    [line] = read(file, column="m")
+    assert isinstance(line, Line)
+    assert line.body == {"messages": messages}, "fields that a message did not have stay away"
+
+
+def test_more_rows_than_are_read_at_once(tmp_path: Path):
+    file = write_parquet(tmp_path / "a.parquet", [{"t": str(i)} for i in range(1000)])
+    lines = read(file, column="t", mode="completion", done=lambda number: number % 2 == 0)
+    assert [line.number for line in lines] == list(range(1, 1001, 2))
+    assert isinstance(lines[-1], Line)
+    assert lines[-1].body == {"prompt": "998"}
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "words"),
+    [
+        ("none.jsonl", {}, ["there is no file"]),
+        ("*.none", {}, ["there is no file"]),
+        (".", {}, ["is a directory"]),
+        ("a.xyz", {}, ["a.xyz", "inputs.format", "openai, text"]),
+        ("a.parquet", {}, ["a.parquet", "has columns", "inputs.column"]),
+        ("*.parquet", {}, ["a.parquet", "has columns"]),
+        ("a.parquet", {"column": "tekst"}, ["no column 'tekst'", "Did you mean text?", "title"]),
+        ("a.csv", {"template": "{titel}"}, ["no column 'titel'", "Did you mean title?"]),
+        ("a.parquet", {"column": "text", "id_column": "ix"}, ["no column 'ix'"]),
+        ("a.parquet", {"template": "{text.__class__}"}, ["no column 'text.__class__'"]),
+        ("a.parquet", {"template": "{text!r}"}, ["{text}", "nothing more"]),
+        ("a.parquet", {"template": "{text"}, ["inputs.template", "brace"]),
+        ("a.parquet", {"template": "same"}, ["names no column"]),
+        ("a.txt", {"column": "text"}, ["has no columns (format text)"]),
+        ("a.jsonl", {"format": "openai", "id_column": "id"}, ["has no columns"]),
+        ("a.jsonl", {"format": "openai", "system": "x"}, ["whole requests", "remove system"]),
+        ("a.txt", {"format": "parquet", "column": "t"}, ["a.txt is not a Parquet file"]),
+    ],
+)
+def test_inputs_that_cannot_be_used(
+    name: str, inputs: dict[str, Any], words: list[str], tmp_path: Path
+):
+    for suffix in ("parquet", "csv", "jsonl"):
+        write_rows(tmp_path / f"a.{suffix}")
+    write(tmp_path / "a.txt", "x" * 100)
+    write(tmp_path / "a.xyz", "x")
+    with pytest.raises(ConfigError) as caught:
+        check_inputs(make_job(tmp_path / name, tmp_path / "out.jsonl", **inputs))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_urls(tmp_path: Path):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("b", "a"):
+        memory.pipe_file(f"/batch-readers/{name}.txt", f"from {name}\n".encode())
+    items = read("memory://batch-readers/*.txt", mode="completion")
+    assert [item.body for item in items if isinstance(item, Line)] == [
+        {"prompt": "from a"},
+        {"prompt": "from b"},
+    ]
+    with pytest.raises(ConfigError, match="there is no file"):
+        read("memory://batch-readers/none.txt")
+    with pytest.raises(ConfigError, match="cannot be looked up"):
+        read("nosuchscheme://x/y.txt")

@@ -1,0 +1,46 @@
+"""Every file under configs/ can be used as it is."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jaxinfer.cli.main import main
+from jaxinfer.weights.catalogue import load_catalogue
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+COMMANDS = {"serve": ["serve", "--config"], "batch": ["run"]}
+
+
+def test_every_kind_is_there():
+    names = {str(path.relative_to(ROOT / "configs")) for path in FILES}
+    assert {
+        "serve/cpu.yaml",
+        "batch/chat.yaml",
+        "batch/prompts.yaml",
+        "batch/parquet.yaml",
+    } <= names
+    for part in ("gpu-80gb", "tpu-v5e-8", "tpu-v6e-8", "70b"):
+        assert any(part in name for name in names), part
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_dry_run_takes_it(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    argv = [*COMMANDS[path.parent.name], str(path.relative_to(ROOT))]
+    assert main([*argv, "--dry-run"]) == 0, capsys.readouterr().err
+    shown = yaml.safe_load(capsys.readouterr().out)
+    for name, value in yaml.safe_load(path.read_text()).items():
+        if not isinstance(value, str | dict):
+            assert name.replace("-", "_") in shown
+    assert load_catalogue().find(shown["model"]) is not None
+    assert f"jaxinfer {' '.join(argv)}" in path.read_text(), "its comment says how to use it"
+
+
+def test_the_guide_lists_them():
+    text = (ROOT / "configs" / "README.md").read_text()
+    for path in FILES:
+        assert f"`{path.relative_to(ROOT / 'configs')}`" in text
