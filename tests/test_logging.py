@@ -1,6 +1,7 @@
 """One handler, one format, and phases with their seconds."""
 
 import logging
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,9 @@ from jaxinfer.logging import ROOT, configure_logging, get_logger, log_phase
 def restore_logger() -> Iterator[None]:
     logger = logging.getLogger(ROOT)
     before = (logger.handlers[:], logger.level, logger.propagate)
+    filters = logger.filters[:]
     yield
+    logger.filters[:] = filters
     logger.handlers[:], logger.propagate = before[0], before[2]
     logger.setLevel(before[1])
 
@@ -43,6 +46,35 @@ def test_a_phase_says_how_long_it_took_also_when_it_fails(capsys: pytest.Capture
     lines = capsys.readouterr().err.splitlines()
     assert "load weights done in 0.0 s" in lines[1]
     assert "compile failed after 0.0 s" in lines[3]
+
+
+def test_a_phase_that_hangs_is_named_with_what_it_does(capsys: pytest.CaptureFixture[str]):
+    configure_logging("warning")
+    told = threading.Event()
+    with log_phase(get_logger("jaxinfer"), "compile", tell_every_s=0.02) as phase:
+        phase.detail = "decode 4x4"
+        logging.getLogger(ROOT).addFilter(_Listener("still in compile (decode 4x4)", told))
+        assert told.wait(20.0)
+    assert "still in compile (decode 4x4) after 0 s" in capsys.readouterr().err
+
+
+def test_no_phase_is_watched_once_it_is_over():
+    with log_phase(get_logger("jaxinfer"), "compile"):
+        assert any(thread.name == "watch compile" for thread in threading.enumerate())
+    assert not any(thread.name == "watch compile" for thread in threading.enumerate())
+
+
+class _Listener(logging.Filter):
+    """Lets everything pass, and tells when a line comes."""
+
+    def __init__(self, text: str, told: threading.Event) -> None:
+        super().__init__()
+        self._text, self._told = text, told
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if self._text in record.getMessage():
+            self._told.set()
+        return True
 
 
 def test_only_names_below_the_root_are_loggers_of_ours():

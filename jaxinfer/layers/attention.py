@@ -59,7 +59,7 @@ class Attention(nnx.Module):
         self, x_TD: Array, pages_PKBC: Array, angles: RopeAngles, batch: StepBatch
     ) -> tuple[Array, Array]:
         """[T, D] and the layer's pages -> [T, D] and the pages with the step's K/V."""
-        qkv_TKRH = self.qkv(x_TD)
+        qkv_TKRH = self.qkv(x_TD, num_rows=batch.num_tokens)
         group = self.config.queries_per_kv
         q_TKGH = qkv_TKRH[:, :, :group]
         k_TKH, v_TKH = qkv_TKRH[:, :, group], qkv_TKRH[:, :, group + 1]
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
         if self.config.use_rope:
             q_TKGH, k_TKH = apply_rope(q_TKGH, angles), apply_rope(k_TKH, angles)
         out_TKGH, pages_PKBC = self._attend(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch)
-        return self.out(out_TKGH), pages_PKBC
+        return self.out(out_TKGH, num_rows=batch.num_tokens), pages_PKBC
 
     def _attend(
         self, q_TKGH: Array, k_TKH: Array, v_TKH: Array, pages_PKBC: Array, batch: StepBatch

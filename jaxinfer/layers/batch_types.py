@@ -16,6 +16,7 @@ class StepBatch(NamedTuple):
     """Positions and attention metadata of a step's tokens."""
 
     positions_T: Array  # int32 [T], 0 for padding
+    num_tokens: Array  # int32 scalar: the tokens that are not padding
     attention: AttentionBatch
 
 

@@ -18,6 +18,7 @@ class GatedMLP(nnx.Module):
         self.gate_up = Einsum(context, "TD,DUF->TUF", bias="UF" if use_bias else None, **dims)
         self.down = Einsum(context, "TF,FD->TD", bias="D" if use_bias else None, **dims)
 
-    def __call__(self, x_TD: Array) -> Array:
-        gate_up_TUF = self.gate_up(x_TD)
-        return self.down(jax.nn.silu(gate_up_TUF[:, 0]) * gate_up_TUF[:, 1])
+    def __call__(self, x_TD: Array, *, num_rows: Array) -> Array:
+        gate_up_TUF = self.gate_up(x_TD, num_rows=num_rows)
+        hidden_TF = jax.nn.silu(gate_up_TUF[:, 0]) * gate_up_TUF[:, 1]
+        return self.down(hidden_TF, num_rows=num_rows)

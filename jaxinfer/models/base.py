@@ -25,8 +25,11 @@ class CausalLM(Protocol):
         """int32 [T] and each layer's pages -> final hidden states [T, D] and the new pages."""
         ...
 
-    def logits(self, hidden_SD: Array) -> Array:
-        """[S, D] -> float32 [S, V]; V may be padded beyond the vocabulary."""
+    def logits(self, hidden_SD: Array, *, num_rows: Array) -> Array:
+        """[S, D] -> float32 [S, V]; V may be padded beyond the vocabulary.
+
+        Rows from `num_rows` (int32 scalar) on are padding.
+        """
         ...
 
 
@@ -36,6 +39,7 @@ class ModelShape:
 
     num_layers: int
     num_kv_heads: int  # as laid out on the mesh
+    queries_per_kv: int  # query heads of each
     head_dim: int
     vocab_size: int  # true size; logits may have more columns
     max_position_embeddings: int

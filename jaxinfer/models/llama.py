@@ -57,7 +57,8 @@ class DecoderLayer(nnx.Module):
             self.attention_norm(x_TD), pages_PKBC, angles, batch
         )
         x_TD = x_TD + attended_TD * self.residual_multiplier
-        x_TD = x_TD + self.mlp(self.mlp_norm(x_TD)) * self.residual_multiplier
+        mlp_TD = self.mlp(self.mlp_norm(x_TD), num_rows=batch.num_tokens)
+        x_TD = x_TD + mlp_TD * self.residual_multiplier
         return x_TD, pages_PKBC
 
 
@@ -104,11 +105,11 @@ class Llama(nnx.Module):
             new_pages_L.append(pages_PKBC)
         return self.final_norm(x_TD), tuple(new_pages_L)
 
-    def logits(self, hidden_SD: Array) -> Array:
+    def logits(self, hidden_SD: Array, *, num_rows: Array) -> Array:
         if self.head is None:
-            logits_SV = self.embedding.attend(hidden_SD)
+            logits_SV = self.embedding.attend(hidden_SD, num_rows=num_rows)
         else:
-            logits_SV = self.head(hidden_SD)
+            logits_SV = self.head(hidden_SD, num_rows=num_rows)
             logits_SV = jax.lax.with_sharding_constraint(logits_SV, self.whole)
         return logits_SV.astype("float32") / self.config.logits_divisor
 
@@ -120,6 +121,7 @@ def llama_family(config: Mapping[str, Any], *, tensor: int) -> ModelDef:
         shape=ModelShape(
             num_layers=parsed.num_layers,
             num_kv_heads=parsed.heads.num_kv_heads,
+            queries_per_kv=parsed.heads.queries_per_kv,
             head_dim=parsed.head_dim,
             vocab_size=parsed.vocab_size,
             max_position_embeddings=int(require(config, "max_position_embeddings")),

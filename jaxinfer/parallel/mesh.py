@@ -19,10 +19,21 @@ class Device(Protocol):
     """What the engine asks of a `jax.Device` (which type checkers do not accept as a type)."""
 
     @property
+    def id(self) -> int: ...
+    @property
+    def client(self) -> Any: ...
+    @property
     def platform(self) -> str: ...
     @property
     def device_kind(self) -> str: ...
+    @property
+    def num_cores(self) -> int: ...  # TPUs have it
     def memory_stats(self) -> dict[str, Any]: ...
+
+
+def num_cores(device: Device) -> int:
+    """Cores of a TPU device that run one program together; 1 elsewhere."""
+    return device.num_cores if device.platform == "tpu" else 1
 
 
 def make_mesh(*, tensor: int, devices: Sequence[Device]) -> Mesh:

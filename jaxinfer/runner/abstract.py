@@ -15,9 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from jaxinfer.core.limits import EngineLimits
 from jaxinfer.kv_cache.layout import num_pages_for
 from jaxinfer.layers.batch_types import LayerContext
+from jaxinfer.layers.packing import Packing
 from jaxinfer.models.base import ModelDef
 from jaxinfer.parallel.rules import replicated, sharding_of
-from jaxinfer.runner.runner import DeviceArrays
+from jaxinfer.runner.runner import Allocate, DeviceMemory
 from jaxinfer.runner.step_fn import DeviceState, StepModel
 from jaxinfer.sampling.state import init_state
 from pallas_kernels.dispatch import KernelSet
@@ -33,6 +34,7 @@ class AbstractModel(NamedTuple):
     paths: tuple[tuple, ...]
     variables: tuple[nnx.Variable, ...]
     params: dict[str, jax.ShapeDtypeStruct]  # by dotted path, with shardings; in order
+    packings: dict[str, Packing]  # of the params that are stored otherwise than as arrays
 
     @property
     def weight_bytes(self) -> int:
@@ -42,7 +44,9 @@ class AbstractModel(NamedTuple):
     @property
     def widest_dim(self) -> int:
         """The longest dimension of a layer's parameters: bounds the width of its activations."""
-        return max(max(param.shape) for path, param in self.params.items() if "layers" in path)
+        shapes = {path: param.shape for path, param in self.params.items()}
+        shapes |= {path: packing.shape for path, packing in self.packings.items()}
+        return max(max(shape) for path, shape in shapes.items() if "layers" in path)
 
     def step_model(self, limits: EngineLimits) -> StepModel:
         """What the step function needs of the model."""
@@ -58,7 +62,7 @@ class AbstractModel(NamedTuple):
 
 
 class AbstractArrays(NamedTuple):
-    """`DeviceArrays` as shapes, dtypes and shardings."""
+    """What lives on the devices, as shapes, dtypes and shardings."""
 
     weights: tuple[jax.ShapeDtypeStruct, ...]
     pages_L: tuple[jax.ShapeDtypeStruct, ...]
@@ -72,12 +76,18 @@ def make_abstract(
     context = LayerContext(mesh=mesh, kernels=kernels, dtype=dtype)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: definition.build(context)))
     flat = nnx.to_flat_state(state)
-    params = {}
+    params, packings = {}, {}
     for path, variable in flat:
-        value = variable.get_value()
-        params[".".join(map(str, path))] = jax.ShapeDtypeStruct(
-            value.shape, value.dtype, sharding=NamedSharding(mesh, variable.spec)
+        name, value, metadata = (
+            ".".join(map(str, path)),
+            variable.get_value(),
+            variable.get_metadata(),
         )
+        params[name] = jax.ShapeDtypeStruct(
+            value.shape, value.dtype, sharding=NamedSharding(mesh, metadata["spec"])
+        )
+        if "packing" in metadata:
+            packings[name] = metadata["packing"]
     return AbstractModel(
         definition=definition,
         mesh=mesh,
@@ -86,6 +96,7 @@ def make_abstract(
         paths=tuple(path for path, _ in flat),
         variables=tuple(variable for _, variable in flat),
         params=params,
+        packings=packings,
     )
 
 
@@ -112,13 +123,10 @@ def abstract_arrays(
     )
 
 
-def allocate(
-    model: AbstractModel,
-    limits: EngineLimits,
-    abstract: AbstractArrays,
-    weights: tuple[jax.Array, ...],
-) -> DeviceArrays:
-    """Empty pages and slots, made on the devices."""
+def make_allocator(
+    model: AbstractModel, limits: EngineLimits, abstract: AbstractArrays
+) -> Allocate:
+    """What makes empty pages and slots on the devices; compiled once, called at each reset."""
     template = abstract.pages_L[0]
 
     def make_pages() -> jax.Array:
@@ -127,11 +135,13 @@ def allocate(
     def make_state() -> DeviceState:
         return _state_of(limits, model.definition.shape.vocab_size)
 
-    pages = jax.jit(make_pages, out_shardings=template.sharding)
-    state = jax.jit(make_state, out_shardings=replicated(model.mesh))
-    return DeviceArrays(
-        weights=weights, pages_L=tuple(pages() for _ in abstract.pages_L), state=state()
-    )
+    pages = jax.jit(make_pages, out_shardings=template.sharding).lower().compile()
+    state = jax.jit(make_state, out_shardings=replicated(model.mesh)).lower().compile()
+
+    def allocate() -> DeviceMemory:
+        return DeviceMemory(pages_L=tuple(pages() for _ in abstract.pages_L), state=state())
+
+    return allocate
 
 
 def state_bytes(*, max_num_seqs: int, max_model_len: int, page_size: int, vocab_size: int) -> int:

@@ -39,6 +39,7 @@ class BucketRule:
     """How far apart the buckets of a platform are."""
 
     smallest_decode: int  # the least number of rows that the platform multiplies well
+    smallest_mixed: int  # tokens
     decode_factor: int  # from one decode bucket to the next
     token_factor: int  # from one mixed bucket to the next
 
@@ -60,7 +61,9 @@ def make_buckets(
     decode_sizes = _powers(
         min(rule.smallest_decode, most_seqs), most_seqs, factor=rule.decode_factor
     )
-    token_sizes = _powers(min(16, most_tokens), most_tokens, factor=rule.token_factor)
+    token_sizes = _powers(
+        min(rule.smallest_mixed, most_tokens), most_tokens, factor=rule.token_factor
+    )
     if token_buckets:
         token_sizes = sorted({*token_buckets, most_tokens})
     decodes = [Bucket(num_tokens=size, num_seqs=size, decode_only=True) for size in decode_sizes]

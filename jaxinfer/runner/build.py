@@ -7,34 +7,44 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from jaxinfer.config.env import cache_dir
-from jaxinfer.config.schema import EngineConfig
+from jaxinfer.config.schema import CompileConfig, EngineConfig
 from jaxinfer.core.limits import EngineLimits
 from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.errors import CheckpointError
-from jaxinfer.logging import get_logger, log_phase
+from jaxinfer.logging import Phase, get_logger, log_phase
 from jaxinfer.models.base import ModelDef
 from jaxinfer.models.registry import define_model
-from jaxinfer.parallel.mesh import make_mesh
+from jaxinfer.parallel.mesh import Device, make_mesh, num_cores
 from jaxinfer.runner.abstract import (
     AbstractArrays,
     AbstractModel,
     abstract_arrays,
-    allocate,
     make_abstract,
+    make_allocator,
 )
 from jaxinfer.runner.compiler import CompileCounter, enable_persistent_cache
 from jaxinfer.runner.memory import MemoryPlan, plan_memory, with_measured_temp
+from jaxinfer.runner.program_store import ProgramStore, open_store
 from jaxinfer.runner.programs import compile_programs
-from jaxinfer.runner.runner import Programs, Runner, Vocabulary
-from jaxinfer.runner.sizing import make_limits, memory_needs, platform_of, resolve_config
+from jaxinfer.runner.runner import DeviceArrays, Programs, Runner, Vocabulary
+from jaxinfer.runner.sizing import (
+    attention_shape,
+    make_limits,
+    memory_needs,
+    platform_of,
+    resolve_config,
+)
+from jaxinfer.runner.warm_up import warm_up
 from jaxinfer.tokenizer.tokenizer import load_tokenizer
 from jaxinfer.weights.dummy import dummy_params
 from jaxinfer.weights.hub import locate_model, locate_tokenizer
 from jaxinfer.weights.loader import check_fit, load_params
 from jaxinfer.weights.reader import CheckpointReader, open_checkpoint
 from pallas_kernels.dispatch import KernelSet, choose_kernels
+from pallas_kernels.matmul.cpu import StoredDType
 from pallas_kernels.native.library import load_native_kernels
 
 logger = get_logger(__name__)
@@ -69,18 +79,37 @@ def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCal
     config = resolve_config(config, definition, devices)
     enable_persistent_cache(config.compile.compile_cache)
     mesh = make_mesh(tensor=config.parallel.tensor_parallel_size, devices=devices)
-    kernels = _choose_kernels(config, definition, platform=platform_of(devices[0]))
+    kernels = _choose_kernels(config, definition, devices[0])
     model = make_abstract(definition, mesh, kernels, dtype=config.model.dtype)
     _check_weights(config, model, reader)
-    with log_phase(logger, "compile"):
-        plan = _plan_and_compile(config, model, progress)
+    store = _open_store(config, mesh, kernels, reader)
+    with log_phase(logger, "compile") as phase:
+        plan = _plan_and_compile(config, model, store, progress, phase)
     logger.info("memory of each device:\n%s", plan.memory.table())
     with log_phase(logger, "load weights"):
         weights = _load(config, model, reader, progress)
-    progress("allocate", 0, 0)
-    ends = _eos_token_ids(config, reader, progress)
-    arrays = allocate(model, plan.limits, plan.arrays, weights)
-    jax.block_until_ready(arrays)
+    with log_phase(logger, "allocate"):
+        progress("allocate", 0, 0)
+        allocate = make_allocator(model, plan.limits, plan.arrays)
+        memory = allocate()
+        jax.block_until_ready((weights, memory))
+    with log_phase(logger, "read end tokens"):
+        ends = _eos_token_ids(config, reader, progress)
+    vocabulary = Vocabulary(definition.shape.vocab_size, ends)
+    with log_phase(logger, "warm up") as phase:
+
+        def on_program(name: str, done: int, total: int) -> None:
+            phase.detail = name
+            progress("warm up", done, total)
+
+        memory = warm_up(
+            plan.programs,
+            weights,
+            memory,
+            plan.limits,
+            vocab_size=vocabulary.size,
+            on_program=on_program,
+        )
     counter.mark_ready()
     return Runner(
         config=config,
@@ -88,38 +117,86 @@ def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCal
         memory=plan.memory,
         mesh=mesh,
         programs=plan.programs,
-        arrays=arrays,
-        vocabulary=Vocabulary(definition.shape.vocab_size, ends),
+        arrays=DeviceArrays(weights, memory, allocate),
+        vocabulary=vocabulary,
         counter=counter,
     )
 
 
-def _choose_kernels(config: EngineConfig, definition: ModelDef, *, platform: str) -> KernelSet:
-    native = None
+def _choose_kernels(config: EngineConfig, definition: ModelDef, device: Device) -> KernelSet:
+    native, platform = None, platform_of(device)
     if platform == "cpu" and config.compile.native_kernels:
         with log_phase(logger, "prepare C++ kernels"):
             native = load_native_kernels(cache_dir() / "native", head_dim=definition.shape.head_dim)
-    kernels = choose_kernels(platform=platform, native=native)
+    kernels = choose_kernels(
+        platform=platform,
+        native=native,
+        stored_weights=_stored_weights(config),
+        device_kind=device.device_kind,
+        num_cores=num_cores(device),
+        attention_shape=attention_shape(config, definition),
+    )
     for reason in kernels.reasons:
         logger.info("kernel %s", reason)
     return kernels
 
 
+def _stored_weights(config: EngineConfig) -> StoredDType | None:
+    """The type in which a CPU's product may store weights.
+
+    None where it cannot be used: it knows no mesh and no float16.
+    """
+    weights = config.model.weight_dtype
+    if config.parallel.tensor_parallel_size > 1 or config.model.dtype == "float16":
+        return None
+    return weights if weights in ("float32", "bfloat16") else None
+
+
+def _open_store(
+    config: EngineConfig, mesh: Mesh, kernels: KernelSet, reader: CheckpointReader
+) -> ProgramStore | None:
+    """Settings count, whatever they are: one too few would run a wrong program.
+
+    But not where the model lies, nor those of compilation, which the programs and kernels show.
+    """
+    anywhere = replace(config.model, model="", tokenizer=None, revision=None, download_dir=None)
+    facts = {
+        "model": reader.config(),
+        "settings": replace(config, model=anywhere, compile=CompileConfig()),
+        "kernels": kernels.reasons,
+    }
+    return open_store(config.compile.compile_cache, tuple(mesh.devices.flat), facts)
+
+
 def _plan_and_compile(
-    config: EngineConfig, model: AbstractModel, progress: ProgressCallback
+    config: EngineConfig,
+    model: AbstractModel,
+    store: ProgramStore | None,
+    progress: ProgressCallback,
+    phase: Phase,
 ) -> _Plan:
     """Divides the memory by a guess at the step's temporaries, compiles, and checks the guess.
 
     The number of pages is part of every shape. Should XLA need more than was guessed, the plan is
     made again from its figure, with fewer pages or a CapacityError, and compiled again.
     """
+
+    def tell(names: str) -> None:
+        phase.detail = names
+
     needs = memory_needs(config, model)
     while True:
         memory = plan_memory(needs, config.cache)
         limits = make_limits(config, memory)
         arrays = abstract_arrays(model, limits, kv_cache_dtype=config.cache.kv_cache_dtype)
         programs, temp_bytes = compile_programs(
-            config, model, limits, arrays, lambda done, total: progress("compile", done, total)
+            config,
+            model,
+            limits,
+            arrays,
+            store,
+            lambda done, total: progress("compile", done, total),
+            tell,
         )
         measured = with_measured_temp(memory, temp_bytes)
         if measured.fits:
@@ -164,12 +241,18 @@ def _load(
 ) -> tuple[jax.Array, ...]:
     definition = model.definition
     if config.model.load_format == "dummy":
-        params = dummy_params(model.params, config.model.seed, pieces=definition.pieces)
+        params = dummy_params(
+            model.params,
+            config.model.seed,
+            pieces=definition.pieces,
+            packings=model.packings,
+        )
     else:
         params = load_params(
             reader,
             model.params,
             definition.pieces,
+            packings=model.packings,
             optional_names=definition.is_optional,
             on_progress=progress,
         )

@@ -97,13 +97,12 @@ def pack_step(
     *,
     page_size: int,
     sampling_table_RW: np.ndarray,
-    prompts: Sequence[PromptChunk | None],
+    prompts: Mapping[int, PromptChunk],
 ) -> np.ndarray:
-    """The row of a step on the host; `prompts` of the sequences that want prompt logprobs.
+    """The row of a step on the host; `prompts` to score, by index in `seqs`.
 
     The new pages of all sequences must fit `num_page_updates`.
     """
-    max_num_seqs = sampling_table_RW.shape[0]
     words = np.zeros(num_words(bucket, page_size), np.int32)
     view = _split(words, bucket, page_size)
     num_seqs = len(seqs)
@@ -112,30 +111,28 @@ def pack_step(
     query_starts: list[int] = []
     for seq in seqs:
         query_starts.append(len(token_ids))
-        token_ids.extend(seq.token_ids)
+        token_ids += seq.token_ids
     view["token_ids_T"][: len(token_ids)] = token_ids
     view["query_starts_S1"][:num_seqs] = query_starts
     view["query_starts_S1"][num_seqs:] = len(token_ids)
     view["slots_S"][:num_seqs] = [seq.slot for seq in seqs]
     view["starts_S"][:num_seqs] = [seq.start for seq in seqs]
     view["next_token_S"][:num_seqs] = -1
-    for index, chunk in enumerate(prompts):
-        if chunk is not None:
-            view["wants_prompt_S"][index] = 1
-            view["next_token_S"][index] = chunk.next_token
-    _pack_pages(view, seqs, no_slot=max_num_seqs)
-    samples_S = np.zeros(bucket.num_seqs, np.bool_)
-    samples_S[:num_seqs] = [seq.samples for seq in seqs]
-    output_indices_S = np.zeros(bucket.num_seqs, np.int32)
-    output_indices_S[:num_seqs] = [seq.output_index for seq in seqs]
-    view["sampling_SW"][:] = step_words(
+    for index, chunk in prompts.items():
+        view["wants_prompt_S"][index] = 1
+        view["next_token_S"][index] = chunk.next_token
+    _pack_pages(view, seqs, no_slot=sampling_table_RW.shape[0])
+    is_padded = [0] * (bucket.num_seqs - num_seqs)
+    view["sampling_SW"].reshape(bucket.num_seqs, NUM_WORDS)[:] = step_words(
         sampling_table_RW,
         slots_S=view["slots_S"],
-        output_indices_S=output_indices_S,
-        samples_S=samples_S,
-    ).ravel()
+        output_indices_S=np.array([seq.output_index for seq in seqs] + is_padded, np.int32),
+        samples_S=np.array([seq.samples for seq in seqs] + is_padded, np.bool_),
+    )
     view["num_seqs"][0] = num_seqs
-    view["num_decodes"][0] = sum(len(seq.token_ids) == 1 for seq in seqs)
+    view["num_decodes"][0] = (
+        num_seqs if len(token_ids) == num_seqs else sum(len(seq.token_ids) == 1 for seq in seqs)
+    )
     return words
 
 

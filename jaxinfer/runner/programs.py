@@ -17,6 +17,7 @@ from jaxinfer.runner.abstract import AbstractArrays, AbstractModel
 from jaxinfer.runner.buckets import Bucket, BucketRule, make_buckets
 from jaxinfer.runner.compiler import Program, compile_all, compiler_options
 from jaxinfer.runner.packing import num_words
+from jaxinfer.runner.program_store import ProgramStore
 from jaxinfer.runner.runner import Programs
 from jaxinfer.runner.step_fn import DeviceState, StepModel, make_step
 from jaxinfer.sampling.state import SlotRow, slot_row, write_slot
@@ -34,20 +35,29 @@ def compile_programs(
     model: AbstractModel,
     limits: EngineLimits,
     arrays: AbstractArrays,
+    store: ProgramStore | None,
     on_done: Callable[[int, int], None],
+    tell: Callable[[str], None],
 ) -> CompiledPrograms:
-    """Compiles everything the runner will call; `config` is resolved."""
+    """Compiles everything the runner will call; `config` is resolved.
+
+    `on_done` and `tell` are compile_all's.
+    """
     step_model = model.step_model(limits)
-    buckets = make_buckets(limits, bucket_rule(config), token_buckets=config.compile.token_buckets)
+    rule = bucket_rule(config, skips_padding=model.kernels.matmul is not None)
+    buckets = make_buckets(limits, rule, token_buckets=config.compile.token_buckets)
     programs = {
         str(bucket): _step_program(step_model, bucket, arrays, limits) for bucket in buckets
     } | _slot_programs(model, arrays)
-    assert config.compile.num_compile_workers
+    num_workers = config.compile.num_compile_workers
+    assert num_workers
     compiled = compile_all(
         programs,
-        compiler_options(config.compile.device),
-        num_workers=config.compile.num_compile_workers,
+        compiler_options(config.compile.device, num_workers=num_workers),
+        num_workers=num_workers,
         on_done=on_done,
+        tell=tell,
+        store=store,
     )
     return CompiledPrograms(
         programs=Programs(
@@ -59,15 +69,21 @@ def compile_programs(
     )
 
 
-def bucket_rule(config: EngineConfig) -> BucketRule:
+def bucket_rule(config: EngineConfig, *, skips_padding: bool) -> BucketRule:
     """A CPU compiles slowly and multiplies more rows at nearly the same price: few buckets.
 
-    XLA:CPU multiplies fewer than 4 rows of 16-bit floats one number at a time.
+    The fewer where the products skip the padding (docs/benchlog.md). XLA:CPU multiplies fewer than
+    4 rows of 16-bit floats one number at a time.
     """
     if config.compile.device != "cpu":
-        return BucketRule(smallest_decode=1, decode_factor=2, token_factor=4)
+        return BucketRule(smallest_decode=1, smallest_mixed=16, decode_factor=2, token_factor=4)
     smallest = 1 if config.model.dtype == "float32" else 4
-    return BucketRule(smallest_decode=smallest, decode_factor=4, token_factor=4)
+    return BucketRule(
+        smallest_decode=smallest,
+        smallest_mixed=32 if skips_padding else 16,
+        decode_factor=8 if skips_padding else 4,
+        token_factor=4,
+    )
 
 
 def _temp_bytes(program: jax.stages.Compiled) -> int:

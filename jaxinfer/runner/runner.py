@@ -6,9 +6,10 @@ what it must remember of a sequence, it keeps by slot.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import msgspec
@@ -19,8 +20,14 @@ from jax.stages import Compiled
 
 from jaxinfer.config.schema import EngineConfig
 from jaxinfer.core.limits import EngineLimits
-from jaxinfer.core.sampling_params import SamplingParams
-from jaxinfer.core.step import ScheduledSeq, ScheduledStep, SeqOutput, StepOutput, TokenLogprobs
+from jaxinfer.core.step import (
+    Admission,
+    ScheduledSeq,
+    ScheduledStep,
+    SeqOutput,
+    StepOutput,
+    TokenLogprobs,
+)
 from jaxinfer.parallel.rules import replicated
 from jaxinfer.runner.buckets import Bucket, choose_bucket
 from jaxinfer.runner.compiler import CompileCounter
@@ -35,6 +42,8 @@ BROKEN_LOGITS = (
     "the model gave no finite logits for this request (NaN or infinite numbers), or its "
     "allowed_token_ids, bad_words and logit_bias leave no token"
 )
+_NO_LOGPROBS: tuple[TokenLogprobs, ...] = ()
+_NOTHING: Mapping[int, Any] = MappingProxyType({})  # wanted of no sequence of a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +55,22 @@ class Programs:
     write_pages: Compiled  # (state, slot, page ids [M]) -> state
 
 
-class DeviceArrays(NamedTuple):
-    """What lives on the devices."""
+class DeviceMemory(NamedTuple):
+    """What a step is given and gives back, changed."""
 
-    weights: tuple[Array, ...]
     pages_L: tuple[Array, ...]
     state: DeviceState
+
+
+Allocate = Callable[[], DeviceMemory]
+
+
+class DeviceArrays(NamedTuple):
+    """What lives on the devices, and what makes the part anew that steps may spoil."""
+
+    weights: tuple[Array, ...]
+    memory: DeviceMemory
+    allocate: Allocate
 
 
 class Vocabulary(NamedTuple):
@@ -61,11 +80,11 @@ class Vocabulary(NamedTuple):
     eos_token_ids: tuple[int, ...]
 
 
-class _Slot(NamedTuple):
-    """What the host remembers of the sequence in a slot."""
+class _ScoredPrompt(NamedTuple):
+    """A prompt whose tokens' log-probabilities are wanted."""
 
-    sampling: SamplingParams
-    prompt_token_ids: Sequence[int]
+    token_ids: Sequence[int]
+    num_logprobs: int
 
 
 class Runner:
@@ -92,11 +111,15 @@ class Runner:
         self.device_name = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
         self._programs = programs
         self.buckets = tuple(programs.steps)
-        self._weights, self._pages_L, self._state = arrays
+        self._weights, (self._pages_L, self._state), self._allocate = arrays
         self._counter = counter
         self._on_every_device = replicated(mesh)
+        # A CPU device's arrays are read in place; "copying" them costs as much as packing a step.
+        self._device_memory_is_apart = mesh.devices.flat[0].platform != "cpu"
         self._sampling_table_RW = np.zeros((limits.max_num_seqs, NUM_WORDS), np.int32)
-        self._slots: dict[int, _Slot] = {}
+        # By slot, and only of sequences that want them: most steps find both empty.
+        self._num_logprobs: dict[int, int] = {}
+        self._scored_prompts: dict[int, _ScoredPrompt] = {}
 
     @property
     def num_compiles_after_ready(self) -> int:
@@ -105,13 +128,14 @@ class Runner:
     def dispatch(self, step: ScheduledStep) -> "PendingStep":
         """Puts a step on the device; returns before it is done."""
         for seq in step.seqs:
-            self._admit(seq)
-        prompts = [self._prompt_chunk(seq) for seq in step.seqs]
+            if seq.admission is not None:
+                self._admit(seq.slot, seq.admission)
+        prompts = self._prompt_chunks(step.seqs)
         bucket = choose_bucket(
             self.buckets,
             num_tokens=step.num_tokens,
             num_seqs=len(step.seqs),
-            decode_only=step.num_tokens == len(step.seqs) and not any(prompts),
+            decode_only=step.num_tokens == len(step.seqs) and not prompts,
         )
         words = pack_step(
             self._write_long_tables(step.seqs, bucket),
@@ -126,27 +150,42 @@ class Runner:
             self._state,
             words,  # as numpy: the call itself moves it, in half the time that device_put takes
         )
-        num_logprobs = [
-            self._slots[seq.slot].sampling.logprobs if seq.samples else None for seq in step.seqs
-        ]
-        return PendingStep(step, result, num_logprobs, prompts)
+        pending = PendingStep(step, result, self._wanted_logprobs(step.seqs), prompts)
+        if self._device_memory_is_apart:
+            pending.start_transfers()
+        return pending
+
+    def reset(self) -> None:
+        """Empties pages and slots, also when a step that failed took their arrays with it.
+
+        Steps in flight are forgotten. Raises what JAX raises when the device is beyond that.
+        """
+        _free((self._pages_L, self._state))  # first: there is no room for both
+        self._pages_L, self._state = self._allocate()
+        jax.block_until_ready((self._pages_L, self._state))
+        self._sampling_table_RW[:] = 0
+        self._num_logprobs.clear()
+        self._scored_prompts.clear()
 
     def close(self) -> None:
         """Frees the device memory."""
-        for array in jax.tree.leaves((self._weights, self._pages_L, self._state)):
-            array.delete()
+        _free((self._weights, self._pages_L, self._state))
 
     def _put(self, array: np.ndarray | np.generic) -> Array:
         return jax.device_put(array, self._on_every_device)
 
-    def _admit(self, seq: ScheduledSeq) -> None:
+    def _admit(self, slot: int, admission: Admission) -> None:
         """A sequence enters its slot: settings to the table, what must be on the device there."""
-        admission = seq.admission
-        if admission is None:
-            return
         sampling = admission.sampling
-        self._slots[seq.slot] = _Slot(sampling, admission.prompt_token_ids)
-        self._sampling_table_RW[seq.slot] = pack_sampling(sampling, default_seed=0)
+        self._num_logprobs.pop(slot, None)
+        self._scored_prompts.pop(slot, None)
+        if sampling.logprobs is not None:
+            self._num_logprobs[slot] = sampling.logprobs
+        if sampling.prompt_logprobs is not None:
+            self._scored_prompts[slot] = _ScoredPrompt(
+                admission.prompt_token_ids, sampling.prompt_logprobs
+            )
+        self._sampling_table_RW[slot] = pack_sampling(sampling, default_seed=0)
         if needs_slot_row(sampling):
             row = slot_row(
                 sampling,
@@ -156,22 +195,36 @@ class Runner:
                 vocab_size=self.vocab_size,
             )
             self._state = self._programs.write_slot(
-                self._state, self._put(np.int32(seq.slot)), jax.tree.map(self._put, row)
+                self._state, self._put(np.int32(slot)), jax.tree.map(self._put, row)
             )
 
-    def _prompt_chunk(self, seq: ScheduledSeq) -> PromptChunk | None:
-        """What the step must score of the sequence's prompt, if anything."""
-        slot = self._slots[seq.slot]
-        wanted = slot.sampling.prompt_logprobs
-        num_prompt = len(slot.prompt_token_ids)
-        if wanted is None or seq.start >= num_prompt:
-            return None
-        end = seq.start + len(seq.token_ids)
-        return PromptChunk(
-            num_logprobs=wanted,
-            num_targets=min(end, num_prompt - 1) - seq.start,
-            next_token=slot.prompt_token_ids[end] if end < num_prompt else -1,
-        )
+    def _wanted_logprobs(self, seqs: Sequence[ScheduledSeq]) -> Mapping[int, int]:
+        """How many likeliest tokens are wanted beside the sampled one, by index in the step."""
+        wanted = self._num_logprobs
+        if not wanted:
+            return _NOTHING
+        return {
+            index: wanted[seq.slot]
+            for index, seq in enumerate(seqs)
+            if seq.samples and seq.slot in wanted
+        }
+
+    def _prompt_chunks(self, seqs: Sequence[ScheduledSeq]) -> Mapping[int, PromptChunk]:
+        """What the step must score of prompts, by index in the step."""
+        if not self._scored_prompts:
+            return _NOTHING
+        chunks: dict[int, PromptChunk] = {}
+        for index, seq in enumerate(seqs):
+            prompt = self._scored_prompts.get(seq.slot)
+            if prompt is None or seq.start >= len(prompt.token_ids):
+                continue
+            num_prompt, end = len(prompt.token_ids), seq.start + len(seq.token_ids)
+            chunks[index] = PromptChunk(
+                num_logprobs=prompt.num_logprobs,
+                num_targets=min(end, num_prompt - 1) - seq.start,
+                next_token=prompt.token_ids[end] if end < num_prompt else -1,
+            )
+        return chunks
 
     def _write_long_tables(
         self, seqs: Sequence[ScheduledSeq], bucket: Bucket
@@ -201,47 +254,76 @@ class Runner:
         return remaining
 
 
+def _free(arrays: Any) -> None:
+    """Deletes every array of a tree; those that are gone (donated) stay so."""
+    for array in jax.tree.leaves(arrays):
+        array.delete()
+
+
 class PendingStep:
-    """A dispatched step; its transfers to the host have been started."""
+    """A dispatched step."""
 
     def __init__(
         self,
         step: ScheduledStep,
         result: StepResult,
-        num_logprobs: Sequence[int | None],
-        prompts: Sequence[PromptChunk | None],
+        num_logprobs: Mapping[int, int],
+        prompts: Mapping[int, PromptChunk],
     ) -> None:
+        """Likeliest tokens wanted and parts of prompts to score, by index in the step."""
         self._step = step
         self._tokens_S = result.tokens_S
         self._num_logprobs = num_logprobs
         self._prompts = prompts
-        wants_logprobs = any(number is not None for number in num_logprobs)
-        self._logprobs = result.logprobs_SW if wants_logprobs else None
-        self._prompt_logprobs = result.prompt_logprobs_TW if any(prompts) else None
+        self._logprobs = result.logprobs_SW if num_logprobs else None
+        self._prompt_logprobs = result.prompt_logprobs_TW if prompts else None
+
+    def start_transfers(self) -> None:
+        """Has what `result` will read copied to the host as soon as it is there."""
         for array in jax.tree.leaves((self._tokens_S, self._logprobs, self._prompt_logprobs)):
             array.copy_to_host_async()
 
     def result(self) -> StepOutput:
         """Waits for the step and gives what it sampled."""
         tokens = np.asarray(self._tokens_S).tolist()
+        if self._num_logprobs or self._prompts:
+            outputs = self._with_logprobs(tokens)
+        else:  # as nearly always: one tuple a sequence
+            outputs = [
+                SeqOutput([token] if seq.samples else [], _NO_LOGPROBS, _NO_LOGPROBS)
+                for token, seq in zip(tokens, self._step.seqs, strict=False)  # (padding behind)
+            ]
+        if NO_TOKEN in tokens or self._num_logprobs or self._prompts:
+            outputs = [
+                msgspec.structs.replace(output, error=BROKEN_LOGITS)
+                if _is_broken(output)
+                else output
+                for output in outputs
+            ]
+        return StepOutput(step_id=self._step.step_id, seqs=outputs)
+
+    def _with_logprobs(self, tokens: Sequence[int]) -> list[SeqOutput]:
         logprobs = _to_host(self._logprobs)
         prompt_logprobs = _to_host(self._prompt_logprobs)
         outputs = []
         first_token = 0
         for index, seq in enumerate(self._step.seqs):
-            output = SeqOutput(
-                token_ids=[tokens[index]] if seq.samples else [],
-                logprobs=_rows(logprobs, [index], [tokens[index]], self._num_logprobs[index]),
-                prompt_logprobs=self._prompt_rows(prompt_logprobs, index, first_token),
+            own = [tokens[index]] if seq.samples else []
+            wanted = self._num_logprobs.get(index)
+            outputs.append(
+                SeqOutput(
+                    token_ids=own,
+                    logprobs=_rows(logprobs, [index], own, wanted) if own else [],
+                    prompt_logprobs=self._prompt_rows(prompt_logprobs, index, first_token),
+                )
             )
-            outputs.append(output._replace(error=BROKEN_LOGITS) if _is_broken(output) else output)
             first_token += len(seq.token_ids)
-        return StepOutput(step_id=self._step.step_id, seqs=outputs)
+        return outputs
 
     def _prompt_rows(
         self, logprobs: Logprobs | None, index: int, first_token: int
     ) -> list[TokenLogprobs]:
-        chunk, seq = self._prompts[index], self._step.seqs[index]
+        chunk, seq = self._prompts.get(index), self._step.seqs[index]
         if chunk is None or logprobs is None:
             return []
         targets = [*seq.token_ids[1:], chunk.next_token][: chunk.num_targets]
@@ -253,8 +335,6 @@ def _is_broken(output: SeqOutput) -> bool:
     """NaN logits show in the sampled token, or, masked or in mid-prompt, in log-probabilities."""
     if NO_TOKEN in output.token_ids:
         return True
-    if not (output.logprobs or output.prompt_logprobs):  # as in nearly every step
-        return False
     return any(
         math.isnan(value)
         for entry in (*output.logprobs, *output.prompt_logprobs)

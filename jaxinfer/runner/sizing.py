@@ -19,6 +19,7 @@ from jaxinfer.runner.memory import (
     available_cpu_bytes,
     estimate_temp_bytes,
 )
+from pallas_kernels.paged_attention.tuning import AttentionShape
 
 logger = get_logger(__name__)
 
@@ -26,6 +27,19 @@ logger = get_logger(__name__)
 def platform_of(device: Device) -> str:
     """cpu, gpu or tpu."""
     return "gpu" if device.platform in ("cuda", "rocm") else device.platform
+
+
+def attention_shape(config: EngineConfig, definition: ModelDef) -> AttentionShape:
+    """What attention kernels are made for: the layers' heads on one device; `config` is resolved."""
+    shape, tensor = definition.shape, config.parallel.tensor_parallel_size
+    return AttentionShape(
+        num_kv_heads=shape.num_kv_heads // tensor,
+        group=shape.queries_per_kv,
+        head_dim=shape.head_dim,
+        query_dtype=config.model.dtype,
+        page_dtype=config.cache.kv_cache_dtype,
+        page_size=config.cache.block_size,
+    )
 
 
 def resolve_config(

@@ -101,11 +101,14 @@ def make_step(model: StepModel, bucket: Bucket) -> StepFunction:
         )
         attention = model.kernels.plan_attention(layout, places, decode_only=bucket.decode_only)
         lm = model.bind(weights)
-        hidden_TD, pages_L = lm(
-            token_ids_T, pages_L, StepBatch(positions_T=places.position_T, attention=attention)
+        batch = StepBatch(
+            positions_T=places.position_T,
+            num_tokens=inputs.query_starts_S1[-1],
+            attention=attention,
         )
+        hidden_TD, pages_L = lm(token_ids_T, pages_L, batch)
         last_S = jnp.maximum(inputs.query_starts_S1[1:] - 1, 0)
-        logits_SV = lm.logits(hidden_TD[last_S])
+        logits_SV = lm.logits(hidden_TD[last_S], num_rows=inputs.num_seqs)
         result, sampler = _sample(model, inputs, logits_SV, state.sampler)
         if not bucket.decode_only:
             result = result._replace(
@@ -145,6 +148,8 @@ def _prompt_logprobs(
         hidden_TD,
         jnp.maximum(target_T, 0),
         is_wanted_T,
-        logits_of=lm.logits,
+        logits_of=lambda hidden_CD: lm.logits(
+            hidden_CD, num_rows=jnp.asarray(hidden_CD.shape[0], jnp.int32)
+        ),
         vocab_size=model.vocab_size,
     )

@@ -8,6 +8,7 @@ Shapes: S sequences of the step's bucket, R slots (max_num_seqs), W words of a r
 """
 
 import enum
+from functools import cache
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -275,8 +276,10 @@ def _flags(params: SamplingParams) -> _Flag:
     return flags
 
 
+@cache
 def _idle_row(max_num_seqs: int) -> np.ndarray:
-    """A greedy row without flags whose slot is outside the state."""
+    """A greedy row without flags whose slot is outside the state; read-only."""
     row_W = pack_sampling(SamplingParams(temperature=0.0), default_seed=0)
     row_W[_COLUMN["slot"]] = max_num_seqs
+    row_W.setflags(write=False)
     return row_W

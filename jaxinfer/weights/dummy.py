@@ -5,12 +5,15 @@ Knows shapes, shardings and, where given, pieces (only to keep padding zero). Re
 
 import math
 import zlib
+from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.layers.packing import Packing
 from jaxinfer.models.pieces import ParamPieces, Region
 
 _STDDEV = 0.02  # as trained models are initialised, so that activations stay in range
@@ -20,16 +23,25 @@ Bounds = tuple[tuple[int, int], ...]
 
 
 def dummy_params(
-    abstract: dict[str, jax.ShapeDtypeStruct], seed: int, *, pieces: ParamPieces | None = None
+    abstract: dict[str, jax.ShapeDtypeStruct],
+    seed: int,
+    *,
+    pieces: ParamPieces | None = None,
+    packings: Mapping[str, Packing] = MappingProxyType({}),
 ) -> dict[str, jax.Array]:
     """Random parameters for every entry of `abstract`, in its dtype and sharding.
 
     Uniform with standard deviation 0.02, around 1 for scales of norms and around 0 for all else.
     A value depends on the seed, the parameter's path and shape and its position, not on the
-    sharding. With `pieces`, what no piece covers is zero, as in real weights.
+    sharding. With `pieces`, what no piece covers is zero, as in real weights. Those in `packings`
+    are made in their own shape and then packed.
     """
     params: dict[str, jax.Array] = {}
-    for path, target in abstract.items():
+    for path, stored in abstract.items():
+        target = stored
+        if path in packings:
+            plain = packings[path].plain
+            target = jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=stored.sharding)
         regions = tuple(piece.region for piece in pieces[path]) if pieces is not None else ((),)
         bounds = tuple(_bounds(region, target.shape) for region in regions)
         make = _maker(
@@ -39,7 +51,10 @@ def dummy_params(
             mean=1.0 if _is_norm(path, target) else 0.0,
             covered=() if _cover_all(bounds, target.shape) else bounds,
         )
-        params[path] = make(np.uint32(zlib.crc32(f"{seed}:{path}".encode())))
+        param = make(np.uint32(zlib.crc32(f"{seed}:{path}".encode())))
+        if path in packings:
+            param = jax.device_put(packings[path].pack(np.asarray(param)), stored.sharding)
+        params[path] = param
     return params
 
 

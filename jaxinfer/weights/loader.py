@@ -1,13 +1,14 @@
 """Puts a checkpoint's tensors straight into the shards of the parameters on their devices.
 
-Knows pieces (what makes up a parameter), readers and shardings. Knows no model and no format.
+Knows pieces (what makes up a parameter), packings (how some are stored), readers and shardings.
+Knows no model and no format.
 Host memory stays at what the costliest single parameter needs: parameters are assembled side by
 side only as far as they fit into that together.
 """
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.errors import CheckpointError
+from jaxinfer.layers.packing import Packing
 from jaxinfer.models.pieces import ParamPieces, Piece
 from jaxinfer.weights.reader import CheckpointReader, TensorInfo
 
@@ -31,23 +33,31 @@ def load_params(
     abstract: dict[str, jax.ShapeDtypeStruct],
     pieces: ParamPieces,
     *,
+    packings: Mapping[str, Packing],
     optional_names: Callable[[str], bool],
     on_progress: ProgressCallback,
 ) -> dict[str, jax.Array]:
     """Load every parameter of `abstract`, each with its `.sharding`, in its dtype.
 
+    Those in `packings` are assembled in their own shape and then packed.
     `optional_names` says of a left-over checkpoint tensor whether it may be ignored.
     `on_progress(phase, parameters done, parameters)` is called in this thread.
     Raises CheckpointError that lists everything that does not fit, before anything is read.
     """
     infos = reader.tensors()
     check_fit(reader, abstract, pieces, optional_names=optional_names)
-    costs = {path: _host_bytes(abstract[path], pieces[path], infos) for path in abstract}
+    plain = {path: packing.plain for path, packing in packings.items()}
+    costs = {
+        path: _host_bytes(plain.get(path, abstract[path]), pieces[path], infos) for path in abstract
+    }
     budget = _ByteBudget(max(costs.values(), default=0))
 
     def load(path: str) -> jax.Array:
         with budget.hold(costs[path]):
-            return _load_param(reader, path, abstract[path], pieces[path])
+            host = _assemble(reader, path, plain.get(path, abstract[path]), pieces[path])
+            if path in packings:
+                host = packings[path].pack(host)
+            return _to_devices(host, abstract[path], path)
 
     done: dict[str, jax.Array] = {}
     on_progress(PHASE, 0, len(abstract))
@@ -113,9 +123,9 @@ def _host_bytes(
     return own + max((infos[p.name].num_bytes for p in parts), default=0) + max(casts, default=0)
 
 
-def _load_param(
+def _assemble(
     reader: CheckpointReader, path: str, target: jax.ShapeDtypeStruct, parts: tuple[Piece, ...]
-) -> jax.Array:
+) -> np.ndarray:
     host = _aligned_zeros(target.shape, np.dtype(target.dtype))
     for name in dict.fromkeys(piece.name for piece in parts):
         # One read for all pieces of a tensor: reading may mean dequantizing.
@@ -124,7 +134,12 @@ def _load_param(
         raise CheckpointError(
             f"{path} of {reader.path} holds values beyond float16's range; use --dtype bfloat16"
         )
+    return host
+
+
+def _to_devices(host: np.ndarray, target: jax.ShapeDtypeStruct, path: str) -> jax.Array:
     assert target.sharding is not None, f"{path} has no sharding"
+    assert (host.shape, host.dtype) == (target.shape, target.dtype), path
     array = jax.make_array_from_callback(target.shape, target.sharding, lambda index: host[index])
     # The copies to the devices read `host`: it counts against the budget until they are done.
     return array.block_until_ready()

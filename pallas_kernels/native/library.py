@@ -12,17 +12,17 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-_PAGED_ATTENTION = "jaxinfer_paged_attention"
+_DIRECTORY = Path(__file__).parent
+_HEADERS = tuple(_DIRECTORY / name for name in ("pairs.h", "parallel.h", "vec.h"))
 _HEAD_DIM_STEP = 32  # two vectors of the widest registers
 _MAX_HEAD_DIM = 256
-
-_SOURCES = (Path(__file__).with_name("paged_attention.cc"),)
-_SYMBOLS = {_PAGED_ATTENTION: "JaxinferPagedAttention"}
 # Not -ffast-math: infinities and NaN must behave. Sums may be reordered, exceptions are not used.
 _FLAGS = (
     "-std=c++17",
@@ -40,47 +40,83 @@ _FLAGS = (
 _COMPILE_TIMEOUT_S = 300
 
 
+class NativeMatmul(NamedTuple):
+    """matmul.cc, registered with XLA."""
+
+    target: str  # its name there
+    panel: int  # columns that it wants to lie together
+
+
 class NativeKernels(NamedTuple):
-    """Whether the C++ kernels can be called, and why (not)."""
+    """The C++ kernels that can be called; None: not to be had, for the reason given."""
 
-    is_available: bool
-    head_dim: int  # the only one they work for
-    reason: str
-
-    @property
-    def paged_attention(self) -> str:
-        """The target's name in XLA."""
-        return f"{_PAGED_ATTENTION}_{self.head_dim}"
+    paged_attention: str | None  # the target's name in XLA
+    paged_attention_reason: str
+    matmul: NativeMatmul | None
+    matmul_reason: str
 
 
-def load_native_kernels(directory: Path, *, head_dim: int) -> NativeKernels:
-    """Compiles the kernels into `directory` unless they are there, and registers them with XLA."""
+def load_native_kernels(
+    directory: Path, *, head_dim: int, macros: Sequence[str] = ()
+) -> NativeKernels:
+    """Compiles the kernels into `directory` unless they are there, and registers them with XLA.
+
+    `macros` make the compiler take code meant for other processors: for tests.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="native") as pool:  # one compiler beside another
+        later = pool.submit(_load_matmul, directory, macros)
+        attention, attention_reason = _load_attention(directory, head_dim, macros)
+        matmul, matmul_reason = later.result()
+    return NativeKernels(attention, attention_reason, matmul, matmul_reason)
+
+
+_WHY = "C++ compiled for this processor"
+
+
+def _load_attention(
+    directory: Path, head_dim: int, macros: Sequence[str]
+) -> tuple[str | None, str]:
     if head_dim % _HEAD_DIM_STEP or head_dim > _MAX_HEAD_DIM:
-        reason = f"head size {head_dim} is not a multiple of {_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}"
-        return NativeKernels(is_available=False, head_dim=head_dim, reason=reason)
+        return None, (
+            f"head size {head_dim} is not a multiple of {_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}"
+        )
+    macros = (f"JAXINFER_HEAD_DIM={head_dim}", *macros)
     try:
-        library = ctypes.CDLL(str(_build(directory, head_dim)))
+        library = ctypes.CDLL(str(_build(directory, "paged_attention", macros)))
     except (OSError, _BuildError) as error:
-        return NativeKernels(is_available=False, head_dim=head_dim, reason=str(error))
-    for name, symbol in _SYMBOLS.items():
-        capsule = jax.ffi.pycapsule(getattr(library, symbol))
-        jax.ffi.register_ffi_target(f"{name}_{head_dim}", capsule, platform="cpu")
-    reason = "C++ compiled for this processor"
-    return NativeKernels(is_available=True, head_dim=head_dim, reason=reason)
+        return None, str(error)
+    target = "_".join(("jaxinfer_paged_attention", *macros))
+    _register(target, library.JaxinferPagedAttention)
+    return target, _WHY
+
+
+def _load_matmul(directory: Path, macros: Sequence[str]) -> tuple[NativeMatmul | None, str]:
+    try:
+        library = ctypes.CDLL(str(_build(directory, "matmul", macros)))
+    except (OSError, _BuildError) as error:
+        return None, str(error)
+    target = "_".join(("jaxinfer_matmul", *macros))
+    _register(target, library.JaxinferMatmul)
+    return NativeMatmul(target, library.JaxinferMatmulPanel()), _WHY
+
+
+def _register(target: str, function: object) -> None:
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
 
 
 class _BuildError(Exception):
     """There is no library; the text says why."""
 
 
-def _build(directory: Path, head_dim: int) -> Path:
+def _build(directory: Path, name: str, macros: Sequence[str]) -> Path:
     """The library's path. Safe beside other processes that do the same: the last rename wins."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    flags = (*_FLAGS, f"-DJAXINFER_HEAD_DIM={head_dim}")
+    source = _DIRECTORY / f"{name}.cc"
+    flags = (*_FLAGS, *(f"-D{macro}" for macro in macros))
     key = hashlib.sha256("\0".join((*flags, jax.__version__, _processor())).encode())
-    for source in _SOURCES:
-        key.update(source.read_bytes())
-    path = directory / f"kernels-{key.hexdigest()[:16]}.so"
+    for file in (source, *_HEADERS):
+        key.update(file.read_bytes())
+    path = directory / f"{name}-{key.hexdigest()[:16]}.so"
     if path.exists():
         return path
     if compiler is None:
@@ -88,14 +124,10 @@ def _build(directory: Path, head_dim: int) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         output = Path(scratch) / path.name
-        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, _SOURCES)]
+        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(output)]
         try:
             done = subprocess.run(
-                [*command, "-o", str(output)],
-                capture_output=True,
-                text=True,
-                timeout=_COMPILE_TIMEOUT_S,
-                check=False,
+                command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False
             )
         except subprocess.TimeoutExpired:
             raise _BuildError(f"{compiler} took more than {_COMPILE_TIMEOUT_S} s") from None

@@ -11,41 +11,23 @@
 // Layout: pages [P, K, B, 2H], a token's key then its value; q and out [T, K, G, H]; k, v [T, K, H].
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <thread>
 #include <vector>
 
+#include "parallel.h"
+#include "vec.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
+namespace jaxinfer {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#else
-constexpr int kLanes = 8;
-#endif
-typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
 constexpr int kChunk = 64;         // keys looked at together
 constexpr int kQueryTokens = 32;   // queries of a prefill item
 constexpr int kFewRows = 8;        // up to here rows are multiplied key by key
 constexpr float kMasked = -1e30f;  // stands for minus infinity: inf - inf would be NaN
-
-inline Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-inline Vec Splat(float x) { return Vec{} + x; }
-
-inline float Sum(Vec v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
 
 // e^x for x <= 0, within 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2.
 inline Vec Exp(Vec x) {
@@ -61,21 +43,6 @@ inline Vec Exp(Vec x) {
   }
   poly = poly * r * r + r + 1.0f;
   return poly * reinterpret_cast<Vec>((n + 127) << 23);
-}
-
-inline float FromBits16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-
-// Rounds to the nearest bfloat16, ties to even; NaN stays NaN.
-inline uint16_t ToBits16(float value) {
-  uint32_t wide;
-  std::memcpy(&wide, &value, 4);
-  if ((wide & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>((wide >> 16) | 0x40);
-  return static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
 struct Step {
@@ -307,34 +274,17 @@ class Kernel {
   Storage* pages_;
 };
 
-// Runs work(item, scratch) for all items on this thread and on XLA's.
-template <typename K>
-void RunItems(ffi::ThreadPool& pool, const K& kernel, const std::vector<Item>& items) {
-  struct Shared {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto shared = std::make_shared<Shared>();
-  const int64_t num_items = static_cast<int64_t>(items.size());
-  // Helpers that start late find no item left, and then touch nothing but `shared`.
-  auto work = [shared, num_items, kernel = &kernel, list = items.data()] {
-    typename K::Scratch scratch;
-    for (int64_t i; (i = shared->next.fetch_add(1)) < num_items;) {
-      kernel->Attend(list[i], scratch);
-      shared->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  const int64_t num_helpers = std::min<int64_t>(pool.num_threads() - 1, num_items - 1);
-  for (int64_t i = 0; i < num_helpers; ++i) pool.Schedule([work] { work(); });
-  work();
-  while (shared->done.load(std::memory_order_acquire) < num_items) std::this_thread::yield();
-}
-
 template <typename Storage>
 void Run(ffi::ThreadPool& pool, const Step& step, void* pages) {
   constexpr int kHeadDim = JAXINFER_HEAD_DIM;
   Kernel<kHeadDim, Storage> kernel(step, static_cast<Storage*>(pages));
   kernel.WriteTokens();
-  RunItems(pool, kernel, kernel.MakeItems());
+  const std::vector<Item> items = kernel.MakeItems();
+  ParallelFor(pool, items.size(), [&] {
+    return [&, scratch = typename decltype(kernel)::Scratch()](int64_t i) mutable {
+      kernel.Attend(items[i], scratch);
+    };
+  });
   const int64_t row = step.num_kv * step.group * kHeadDim;
   const int64_t num_used = step.query_starts[step.num_seqs];
   std::fill(step.out + num_used * row, step.out + step.num_tokens * row, 0.0f);
@@ -381,3 +331,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>()
         .Ret<F32>().Ret<ffi::AnyBuffer>()
         .Attr<float>("scale").Attr<int64_t>("window"));
+
+}  // namespace jaxinfer

@@ -13,6 +13,9 @@ TPU for every head size from 64 and every number of heads, including one; a (pag
 plain [page_size, 2*H] matrix, which is what TMA boxes on NVIDIA GPUs and a CPU's caches like; and
 splitting over the tensor axis is splitting dim 1.
 
+Pages of one byte (int8, float8_e4m3fn) hold values divided by a scale of the layer and kv head:
+`AttentionParams`, quantized.py.
+
 This package imports jax only.
 """
 
@@ -32,6 +35,28 @@ class AttentionSpec:
     scale: float  # softmax(scale * q.k)
     window: int | None = None  # a token sees itself and the window-1 tokens before it
     soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
+
+
+class AttentionParams(NamedTuple):
+    """What a layer's weights give the op besides projections; None: the layer has none of it.
+
+    The attention sink of a query head is a logit that takes part in the softmax's sum and has no
+    value (Xiao et al. 2023, arXiv 2309.17453, as learned per head by gpt-oss); it is neither
+    scaled nor capped. Scales are for pages of one byte: what is stored times the scale is the
+    key or value; None is a scale of one.
+    """
+
+    sinks_KG: Array | None = None  # float32
+    k_scale_K: Array | None = None  # float32
+    v_scale_K: Array | None = None  # float32
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the layer has none of it."""
+        return all(param is None for param in self)
+
+
+NO_PARAMS = AttentionParams()
 
 
 class StepLayout(NamedTuple):
@@ -83,6 +108,7 @@ class PagedAttention(Protocol):
         pages_PKBC: Array,
         batch: AttentionBatch,
         spec: AttentionSpec,
+        params: AttentionParams = NO_PARAMS,
     ) -> tuple[Array, Array]: ...
 
 

@@ -8,16 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from pallas_kernels.native.library import NativeKernels
 from pallas_kernels.paged_attention import xla
-from pallas_kernels.paged_attention.api import AttentionBatch, AttentionSpec, PagedAttention
+from pallas_kernels.paged_attention.api import (
+    NO_PARAMS,
+    AttentionBatch,
+    AttentionParams,
+    AttentionSpec,
+    PagedAttention,
+)
 
 _PAGES_OPERAND, _PAGES_RESULT = 3, 1
 
 
-def make_paged_attention(native: NativeKernels) -> PagedAttention:
-    """The op in C++; a layer with a soft cap takes the XLA implementation."""
-    assert native.is_available, native.reason
+def make_paged_attention(target: str) -> PagedAttention:
+    """The op in C++, registered with XLA as `target`.
+
+    A layer with a soft cap, sinks or scales takes the XLA implementation.
+    """
 
     def paged_attention(
         q_TKGH: Array,
@@ -26,14 +33,17 @@ def make_paged_attention(native: NativeKernels) -> PagedAttention:
         pages_PKBC: Array,
         batch: AttentionBatch,
         spec: AttentionSpec,
+        params: AttentionParams = NO_PARAMS,
     ) -> tuple[Array, Array]:
         # Stored as bits, 16-bit pages may be float16 as well, which the kernel does not know.
-        is_known = pages_PKBC.dtype == jnp.float32 or q_TKGH.dtype == jnp.bfloat16
-        if spec.soft_cap is not None or not is_known:
-            return xla.paged_attention(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch, spec)
+        is_known = pages_PKBC.dtype == jnp.float32 or (
+            pages_PKBC.dtype == jnp.uint16 and q_TKGH.dtype == jnp.bfloat16
+        )
+        if spec.soft_cap is not None or not params.is_empty or not is_known:
+            return xla.paged_attention(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch, spec, params)
         layout, places = batch.layout, batch.places
         call = jax.ffi.ffi_call(
-            native.paged_attention,
+            target,
             (
                 jax.ShapeDtypeStruct(q_TKGH.shape, jnp.float32),
                 jax.ShapeDtypeStruct(pages_PKBC.shape, pages_PKBC.dtype),

@@ -17,10 +17,18 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from pallas_kernels.paged_attention.api import (
+    NO_PARAMS,
     AttentionBatch,
+    AttentionParams,
     AttentionSpec,
     StepLayout,
     TokenPlaces,
+)
+from pallas_kernels.paged_attention.quantized import (
+    is_quantized,
+    logit_scale_K,
+    rows_to_store,
+    value_scale_K,
 )
 
 QUERY_BLOCK = 64  # queries of a prefill item
@@ -81,14 +89,19 @@ class _Queries(NamedTuple):
 
 
 def _attend(
-    queries: _Queries, pages_PKBC: Array, page_table_RM: Array, spec: AttentionSpec
+    queries: _Queries,
+    pages_PKBC: Array,
+    page_table_RM: Array,
+    spec: AttentionSpec,
+    params: AttentionParams,
 ) -> Array:
     """Attention of W blocks over their pages, float32 [W, X, K, G, H]."""
     num_blocks_W, num_queries, num_kv, group, head_dim = queries.q_WXKGH.shape
     page_size, max_pages = pages_PKBC.shape[2], page_table_RM.shape[1]
     pages_per_block = max(1, min(KEY_BLOCK // page_size, max_pages))
     keys_per_block = pages_per_block * page_size
-    q_WKXGH = queries.q_WXKGH.swapaxes(1, 2).astype(jnp.float32) * spec.scale
+    scale_K = logit_scale_K(spec.scale, params, num_kv)
+    q_WKXGH = queries.q_WXKGH.swapaxes(1, 2).astype(jnp.float32) * scale_K[:, None, None, None]
     q_WKYH = q_WKXGH.reshape(num_blocks_W, num_kv, num_queries * group, head_dim)
     q_position_WX = queries.position_W[:, None] + jnp.arange(num_queries, dtype=jnp.int32)
     last_WX = jnp.minimum(q_position_WX + 1, queries.length_W[:, None])  # keys before this
@@ -123,11 +136,12 @@ def _attend(
         return new_max_WKY, sum_WKY * decay_WKY + weights_WKYZ.sum(axis=-1), acc_WKYH
 
     shape = (num_blocks_W, num_kv, num_queries * group)
-    init = (
-        jnp.full(shape, -jnp.inf, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, head_dim), jnp.float32),
-    )
+    max_WKY = jnp.full(shape, -jnp.inf, jnp.float32)
+    sum_WKY = jnp.zeros(shape, jnp.float32)
+    if params.sinks_KG is not None:  # a logit that was seen before all keys
+        max_WKY = jnp.broadcast_to(jnp.tile(params.sinks_KG, (1, num_queries)), shape)
+        sum_WKY = jnp.ones(shape, jnp.float32)
+    init = (max_WKY, sum_WKY, jnp.zeros((*shape, head_dim), jnp.float32))
     last_key = jnp.max(jnp.where(queries.length_W > 0, last_WX.max(axis=1), 0))
     first_key = jnp.int32(0)
     if spec.window is not None:
@@ -136,12 +150,22 @@ def _attend(
     lower = jnp.minimum(first_key // keys_per_block, -(-last_key // keys_per_block))
     _, sum_WKY, acc_WKYH = lax.fori_loop(lower, -(-last_key // keys_per_block), body, init)
     out_WKYH = acc_WKYH / jnp.where(sum_WKY == 0, 1.0, sum_WKY)[..., None]
+    out_WKYH *= value_scale_K(params, num_kv)[:, None, None]
     out_WKXGH = out_WKYH.reshape(num_blocks_W, num_kv, num_queries, group, head_dim)
     return out_WKXGH.swapaxes(1, 2)
 
 
-def _write(k_TKH: Array, v_TKH: Array, pages_PKBC: Array, batch: AttentionBatch) -> Array:
-    kv_TKC = _to_storage(jnp.concatenate([k_TKH, v_TKH], axis=-1), pages_PKBC.dtype)
+def _write(
+    k_TKH: Array,
+    v_TKH: Array,
+    pages_PKBC: Array,
+    batch: AttentionBatch,
+    params: AttentionParams,
+) -> Array:
+    if is_quantized(pages_PKBC.dtype):
+        kv_TKC = rows_to_store(k_TKH, v_TKH, params, pages_PKBC.dtype)
+    else:
+        kv_TKC = _to_storage(jnp.concatenate([k_TKH, v_TKH], axis=-1), pages_PKBC.dtype)
     places = batch.places
     return pages_PKBC.at[places.page_T, :, places.offset_T].set(kv_TKC, mode="drop")
 
@@ -153,9 +177,10 @@ def paged_attention(
     pages_PKBC: Array,
     batch: AttentionBatch,
     spec: AttentionSpec,
+    params: AttentionParams = NO_PARAMS,
 ) -> tuple[Array, Array]:
     """See api.PagedAttention."""
-    pages_PKBC = _write(k_TKH, v_TKH, pages_PKBC, batch)
+    pages_PKBC = _write(k_TKH, v_TKH, pages_PKBC, batch, params)
     layout = batch.layout
     num_tokens, num_seqs = q_TKGH.shape[0], layout.slots_S.shape[0]
     is_decode_S = jnp.arange(num_seqs) < layout.num_decodes
@@ -165,7 +190,7 @@ def paged_attention(
         position_W=layout.starts_S,
         length_W=jnp.where(is_decode_S, layout.starts_S + 1, 0),
     )
-    decoded_SKGH = _attend(decodes, pages_PKBC, layout.page_table_RM, spec)[:, 0]
+    decoded_SKGH = _attend(decodes, pages_PKBC, layout.page_table_RM, spec, params)[:, 0]
     if batch.decode_only:
         return decoded_SKGH.astype(q_TKGH.dtype), pages_PKBC
 
@@ -186,7 +211,7 @@ def paged_attention(
             position_W=(layout.starts_S[seq] + token - start)[None],
             length_W=(layout.starts_S[seq] + layout.query_starts_S1[seq + 1] - start)[None],
         )
-        out_XKGH = _attend(block, pages_PKBC, layout.page_table_RM, spec)[0]
+        out_XKGH = _attend(block, pages_PKBC, layout.page_table_RM, spec, params)[0]
         return lax.dynamic_update_slice_in_dim(out_TKGH, out_XKGH, token, axis=0)
 
     out_TKGH = jax.lax.fori_loop(0, num_items, attend_item, out_TKGH)

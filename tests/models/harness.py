@@ -41,6 +41,7 @@ REFERENCE_KERNELS = KernelSet(
     plan_attention=reference.plan,
     paged_attention=reference.paged_attention,
     kv_storage_dtype=jnp.dtype,
+    matmul=None,
     reasons=(),
 )
 """For tests that are not about the op: it compiles in a third of the time."""
@@ -98,6 +99,7 @@ class LoadedModel:
             reader,
             abstract.params,
             self.definition.pieces,
+            packings=abstract.packings,
             optional_names=self.definition.is_optional,
             on_progress=lambda *_: None,
         )
@@ -135,9 +137,14 @@ class LoadedModel:
             )
             attention = self.kernels.plan_attention(layout, places, decode_only=decode_only)
             lm = self.step_model.bind(weights)
-            batch = StepBatch(positions_T=places.position_T, attention=attention)
+            batch = StepBatch(
+                positions_T=places.position_T,
+                num_tokens=layout.query_starts_S1[-1],
+                attention=attention,
+            )
             hidden_TD, pages_L = lm(token_ids_T, pages_L, batch)
-            return lm.logits(hidden_TD), pages_L
+            num_rows = jnp.asarray(hidden_TD.shape[0], jnp.int32)
+            return lm.logits(hidden_TD, num_rows=num_rows), pages_L
 
         return quick_jit(step, donate_argnums=(1,))
 

@@ -15,6 +15,7 @@ import pytest
 from jaxinfer.config.env import cache_dir
 from jaxinfer.errors import CheckpointError
 from pallas_kernels.dispatch import KernelSet, choose_kernels
+from pallas_kernels.matmul.cpu import StoredDType
 from pallas_kernels.native.library import load_native_kernels
 from tests.models.harness import (
     ENGINE_KERNELS,
@@ -133,12 +134,22 @@ def test_bfloat16_with_the_engines_kernels_and_pages():
     assert golden.mean_error(logits_TV) <= LOGITS_BFLOAT16 * golden.bfloat16_error
 
 
-@pytest.mark.parametrize("name", ["qwen3", "mistral_window"])
-def test_logits_with_the_cpp_kernel(name: str):
-    native = load_native_kernels(cache_dir() / "native", head_dim=32)
-    if not native.is_available:
-        pytest.skip(native.reason)
-    golden, kernels = golden_of(name), choose_kernels(platform="cpu", native=native)
+@pytest.mark.parametrize(
+    ("name", "head_dim", "stored_weights"),
+    [
+        ("qwen3", 32, "float32"),
+        ("mistral_window", 32, "float32"),
+        ("mistral_bfloat16", 16, "bfloat16"),
+    ],
+)
+def test_logits_with_the_cpp_kernels(name: str, head_dim: int, stored_weights: StoredDType):
+    """A bfloat16 checkpoint loses nothing by bfloat16 storage: the bound is that of float32."""
+    native = load_native_kernels(cache_dir() / "native", head_dim=head_dim)
+    if native.matmul is None:
+        pytest.skip(native.matmul_reason)
+    assert (native.paged_attention is not None) == (head_dim == 32), native.paged_attention_reason
+    golden = golden_of(name)
+    kernels = choose_kernels(platform="cpu", native=native, stored_weights=stored_weights)
     session = Session(LoadedModel(GOLDEN_DIR / name, kernels=kernels))
     logits_TV = session.feed_in_chunks(golden.prompt, [30, 1, 1, 40])
     assert golden.error(logits_TV) <= LOGITS_FLOAT32

@@ -2,6 +2,7 @@
 
 What a backend must not read is poison: NaN in pages of nobody, in places that no token has reached
 and in the queries of padding, infinity in its keys and values (so that a write of them is seen).
+int8 has no NaN: its poison is -128, which no token is stored as.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,12 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
-from pallas_kernels.paged_attention.api import AttentionSpec, StepLayout
+from pallas_kernels.paged_attention.api import (
+    NO_PARAMS,
+    AttentionParams,
+    AttentionSpec,
+    StepLayout,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +33,15 @@ class Shapes:
     M: int
     P: int
     dtype: str
+    page_dtype: str | None = None  # None: that of the operands
 
     @property
     def np_dtype(self) -> np.dtype:
-        return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
+        return np.dtype(self.dtype)
+
+    @property
+    def page_np_dtype(self) -> np.dtype:
+        return np.dtype(self.page_dtype or self.dtype)
 
     @property
     def num_slots(self) -> int:
@@ -80,8 +91,32 @@ def sequences(draw: st.DrawFn, shapes: Shapes, *, decode_only: bool) -> list[Seq
     return sorted(found, key=lambda sequence: sequence.num_new > 1)
 
 
-def make_step(sequences: list[Sequence], shapes: Shapes, spec: AttentionSpec, *, seed: int) -> Step:
-    """A step of these sequences with random contents."""
+def random_params(shapes: Shapes, *, sinks: bool, scales: bool, seed: int = 0) -> AttentionParams:
+    """Sinks about as large as logits are, scales that fill the range of one byte."""
+    rng = np.random.default_rng(seed)
+    unit = 1 / 40 if shapes.page_np_dtype == np.int8 else 1 / 100
+    scale_K = unit * rng.uniform(0.5, 1.5, (2, shapes.K)).astype(np.float32)
+    return AttentionParams(
+        sinks_KG=rng.normal(size=(shapes.K, shapes.G)).astype(np.float32) if sinks else None,
+        k_scale_K=scale_K[0] if scales else None,
+        v_scale_K=scale_K[1] if scales else None,
+    )
+
+
+def make_step(
+    sequences: list[Sequence],
+    shapes: Shapes,
+    spec: AttentionSpec,
+    *,
+    seed: int,
+    params: AttentionParams = NO_PARAMS,
+    poison_before_window: bool = False,
+) -> Step:
+    """A step of these sequences with random contents.
+
+    With `poison_before_window`, pages that end before the window of a sequence's first query are
+    poison as well: a backend that promises not to fetch them must not notice.
+    """
     rng = np.random.default_rng(seed)
     dtype = shapes.np_dtype
 
@@ -91,7 +126,9 @@ def make_step(sequences: list[Sequence], shapes: Shapes, spec: AttentionSpec, *,
     q_TKGH = np.full((shapes.T, shapes.K, shapes.G, shapes.H), np.nan, dtype)
     k_TKH = np.full((shapes.T, shapes.K, shapes.H), np.inf, dtype)
     v_TKH = np.full_like(k_TKH, np.inf)
-    pages_PKBC = np.full((shapes.P, shapes.K, shapes.B, 2 * shapes.H), np.nan, dtype)
+    page_dtype = shapes.page_np_dtype
+    poison = np.array(-128 if page_dtype == np.int8 else np.nan).astype(page_dtype)
+    pages_PKBC = np.full((shapes.P, shapes.K, shapes.B, 2 * shapes.H), poison, page_dtype)
     expected_TKGH = np.full(q_TKGH.shape, np.nan)
     # Columns behind a sequence's pages hold what was there before: pages of others, or of nobody.
     table_RM = rng.integers(0, shapes.P, (shapes.num_slots, shapes.M), dtype=np.int32)
@@ -106,15 +143,23 @@ def make_step(sequences: list[Sequence], shapes: Shapes, spec: AttentionSpec, *,
         q_TKGH[rows] = normal(sequence.num_new, shapes.K, shapes.G, shapes.H)
         k_TKH[rows] = kv_XKC[sequence.num_cached :, :, : shapes.H]
         v_TKH[rows] = kv_XKC[sequence.num_cached :, :, shapes.H :]
+        stored_XKC = store(kv_XKC, params, page_dtype)
+        first_seen = 0 if spec.window is None else max(0, sequence.num_cached - spec.window + 1)
         for position in range(sequence.length):
             column, place = divmod(position, shapes.B)
             if place == 0:
                 table_RM[slot, column] = free_pages.pop()
             page = table_RM[slot, column]
-            new_pages_PKBC[page, :, place] = kv_XKC[position]
+            if poison_before_window and (column + 1) * shapes.B <= min(
+                first_seen, sequence.num_cached
+            ):
+                continue
+            new_pages_PKBC[page, :, place] = stored_XKC[position]
             if position < sequence.num_cached:
-                pages_PKBC[page, :, place] = kv_XKC[position]
-        expected_TKGH[rows] = dense_attention(q_TKGH[rows], kv_XKC, spec)
+                pages_PKBC[page, :, place] = stored_XKC[position]
+        expected_TKGH[rows] = dense_attention(
+            q_TKGH[rows], restore(stored_XKC, params), spec, params
+        )
     lengths = [sequence.num_new for sequence in sequences]
     padding = shapes.S - len(sequences)
     layout = StepLayout(
@@ -128,7 +173,37 @@ def make_step(sequences: list[Sequence], shapes: Shapes, spec: AttentionSpec, *,
     return Step(layout, q_TKGH, k_TKH, v_TKH, pages_PKBC, expected_TKGH, new_pages_PKBC)
 
 
-def dense_attention(q_TKGH: np.ndarray, kv_XKC: np.ndarray, spec: AttentionSpec) -> np.ndarray:
+def store(kv_XKC: np.ndarray, params: AttentionParams, dtype: np.dtype) -> np.ndarray:
+    """Keys and values as pages hold them."""
+    if dtype.itemsize > 1:
+        return kv_XKC.astype(dtype)
+    scaled_XKC = kv_XKC.astype(np.float32) / _scale_KC(params, kv_XKC)
+    limit = np.float32(127 if dtype == np.int8 else ml_dtypes.finfo(dtype).max)
+    scaled_XKC = scaled_XKC.clip(-limit, limit)
+    return (np.rint(scaled_XKC) if dtype == np.int8 else scaled_XKC).astype(dtype)
+
+
+def restore(stored_XKC: np.ndarray, params: AttentionParams) -> np.ndarray:
+    """float64 keys and values of stored ones."""
+    return stored_XKC.astype(np.float64) * _scale_KC(params, stored_XKC)
+
+
+def _scale_KC(params: AttentionParams, kv_XKC: np.ndarray) -> np.ndarray:
+    _, num_kv, width = kv_XKC.shape
+    scale_KC = np.ones((num_kv, width), np.float32)
+    if params.k_scale_K is not None:
+        scale_KC[:, : width // 2] = np.asarray(params.k_scale_K)[:, None]
+    if params.v_scale_K is not None:
+        scale_KC[:, width // 2 :] = np.asarray(params.v_scale_K)[:, None]
+    return scale_KC
+
+
+def dense_attention(
+    q_TKGH: np.ndarray,
+    kv_XKC: np.ndarray,
+    spec: AttentionSpec,
+    params: AttentionParams = NO_PARAMS,
+) -> np.ndarray:
     """The last T tokens of one sequence of X attend to it; float64 [T, K, G, H]."""
     num_tokens, head_dim = q_TKGH.shape[0], q_TKGH.shape[-1]
     key_XKH, value_XKH = np.split(kv_XKC.astype(np.float64), [head_dim], axis=-1)
@@ -141,6 +216,10 @@ def dense_attention(q_TKGH: np.ndarray, kv_XKC: np.ndarray, spec: AttentionSpec)
     if spec.window is not None:
         visible_TX &= key > query - spec.window
     logits_TKGX = np.where(visible_TX[:, None, None], logits_TKGX, -np.inf)
+    if params.sinks_KG is not None:  # one more key, whose value is zero
+        sinks_TKG1 = np.broadcast_to(params.sinks_KG[..., None], (*logits_TKGX.shape[:3], 1))
+        logits_TKGX = np.concatenate([logits_TKGX, sinks_TKG1], axis=-1)
+        value_XKH = np.concatenate([value_XKH, np.zeros_like(value_XKH[:1])])
     weights_TKGX = np.exp(logits_TKGX - logits_TKGX.max(axis=-1, keepdims=True))
     weights_TKGX /= weights_TKGX.sum(axis=-1, keepdims=True)
     return np.einsum("TKGX,XKH->TKGH", weights_TKGX, value_XKH)

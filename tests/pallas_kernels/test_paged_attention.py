@@ -20,13 +20,15 @@ from jaxinfer.config.env import cache_dir
 from pallas_kernels.native.library import load_native_kernels
 from pallas_kernels.paged_attention import cpu, reference, xla
 from pallas_kernels.paged_attention.api import (
+    NO_PARAMS,
+    AttentionParams,
     AttentionSpec,
     PagedAttention,
     PlanAttention,
     StepLayout,
     locate_tokens,
 )
-from tests.pallas_kernels.ragged import Sequence, Shapes, make_step, sequences
+from tests.pallas_kernels.ragged import Sequence, Shapes, make_step, random_params, sequences
 from tests.quick_jit import quick_jit
 from tests.tolerances import ATTENTION
 
@@ -41,12 +43,12 @@ class Backend:
 
 
 @cache
-def cpp(head_dim: int) -> Backend:
+def cpp(head_dim: int, macros: tuple[str, ...] = ()) -> Backend:
     """The C++ kernel, kept where the engine keeps it; skips where there is no compiler."""
-    native = load_native_kernels(cache_dir() / "native", head_dim=head_dim)
-    if not native.is_available:
-        pytest.skip(native.reason)
-    return Backend(xla.plan, cpu.make_paged_attention(native), xla.storage_dtype)
+    native = load_native_kernels(cache_dir() / "native", head_dim=head_dim, macros=macros)
+    if native.paged_attention is None:
+        pytest.skip(native.paged_attention_reason)
+    return Backend(xla.plan, cpu.make_paged_attention(native.paged_attention), xla.storage_dtype)
 
 
 BACKENDS: dict[str, Callable[[int], Backend]] = {  # by head size
@@ -55,6 +57,7 @@ BACKENDS: dict[str, Callable[[int], Backend]] = {  # by head size
     # 16-bit floats kept as they are, which is not for CPUs
     "xla-plain": lambda _: Backend(xla.plan, xla.paged_attention, jnp.dtype),
     "cpp": cpp,
+    "cpp-wide": lambda head_dim: cpp(head_dim, ("JAXINFER_WIDE_VECTORS",)),  # as on AVX-512
 }
 
 
@@ -62,15 +65,28 @@ class Case(NamedTuple):
     shapes: Shapes
     spec: AttentionSpec
     decode_only: bool
+    params: AttentionParams = NO_PARAMS
 
 
-def mixed(spec: AttentionSpec, *, dtype: str = "float32", **sizes: int) -> Case:
+def mixed(
+    spec: AttentionSpec,
+    *,
+    dtype: str = "float32",
+    pages: str | None = None,
+    sinks: bool = False,
+    **sizes: int,
+) -> Case:
     defaults = {"T": 112, "S": 6, "K": 2, "G": 3, "H": 32, "B": 16, "M": 20, "P": 48}
-    return Case(Shapes(dtype=dtype, **{**defaults, **sizes}), spec, decode_only=False)
+    shapes = Shapes(dtype=dtype, page_dtype=pages, **{**defaults, **sizes})
+    params = random_params(shapes, sinks=sinks, scales=pages is not None)
+    return Case(shapes, spec, decode_only=False, params=params)
 
 
-def decodes(spec: AttentionSpec, *, dtype: str = "float32", **sizes: int) -> Case:
-    return mixed(spec, dtype=dtype, T=7, S=7, **sizes)._replace(decode_only=True)
+def decodes(
+    spec: AttentionSpec, *, dtype: str = "float32", pages: str | None = None, **sizes: int
+) -> Case:
+    case = mixed(spec, dtype=dtype, pages=pages, T=7, S=7, **sizes)
+    return case._replace(decode_only=True)
 
 
 CASES = {
@@ -80,7 +96,12 @@ CASES = {
     "soft-cap": mixed(AttentionSpec(scale=0.7, soft_cap=1.5), K=3, G=1, H=8, B=8, M=36, P=90),
     "bfloat16": mixed(AttentionSpec(scale=0.15), H=64, dtype="bfloat16"),
     "bfloat16-window": mixed(AttentionSpec(scale=0.2, window=16), G=2, dtype="bfloat16"),
+    "sinks": mixed(AttentionSpec(scale=0.2, window=40), sinks=True, G=2),
+    "int8-pages": mixed(AttentionSpec(scale=0.2), pages="int8", sinks=True),
     "decodes": decodes(AttentionSpec(scale=0.2), K=3),
+    "decodes-fp8-pages": decodes(
+        AttentionSpec(scale=0.2), H=64, dtype="bfloat16", pages="float8_e4m3fn"
+    ),
     "decodes-window": decodes(AttentionSpec(scale=0.2, window=21), G=1, B=4, M=70, P=150),
     "decodes-bfloat16": decodes(AttentionSpec(scale=0.2, window=40), H=64, dtype="bfloat16"),
 }
@@ -97,8 +118,10 @@ STEPS = {
 def has_own_code(backend_name: str, case: Case) -> bool:
     """Whether the backend does not leave the case to "xla"."""
     if backend_name == "xla-plain":
-        return case.shapes.dtype != "float32"
-    return backend_name != "cpp" or case.spec.soft_cap is None
+        return case.shapes.dtype != "float32" and case.shapes.page_dtype is None
+    return not backend_name.startswith("cpp") or (
+        case.spec.soft_cap is None and case.params.is_empty
+    )
 
 
 PAIRS = [
@@ -112,7 +135,7 @@ PAIRS = [
 @cache
 def compiled(backend_name: str, case_name: str) -> Callable[..., tuple[Array, Array]]:
     """The op of one case; a second trace of it is an error."""
-    shapes, spec, decode_only = CASES[case_name]
+    shapes, spec, decode_only, params = CASES[case_name]
     backend = BACKENDS[backend_name](shapes.H)
     num_traces = 0
 
@@ -126,16 +149,16 @@ def compiled(backend_name: str, case_name: str) -> Callable[..., tuple[Array, Ar
             layout, num_tokens=q_TKGH.shape[0], num_pages=shapes.P, page_size=shapes.B
         )
         batch = backend.plan(layout, places, decode_only=decode_only)
-        return backend.attention(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch, spec)
+        return backend.attention(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch, spec, params)
 
     return quick_jit(run, donate_argnums=(4,))
 
 
 def check_step(backend_name: str, case_name: str, sequences: list[Sequence], seed: int) -> None:
     """Runs the op; compares the outputs of real tokens, and every bit of the pages."""
-    shapes, spec, _ = CASES[case_name]
-    step = make_step(sequences, shapes, spec, seed=seed)
-    storage = BACKENDS[backend_name](shapes.H).storage_dtype(shapes.np_dtype)
+    shapes, spec, _, params = CASES[case_name]
+    step = make_step(sequences, shapes, spec, seed=seed, params=params)
+    storage = BACKENDS[backend_name](shapes.H).storage_dtype(shapes.page_np_dtype)
     out_TKGH, pages_PKBC = compiled(backend_name, case_name)(
         step.layout, step.q_TKGH, step.k_TKH, step.v_TKH, step.pages_PKBC.view(storage)
     )
@@ -157,7 +180,7 @@ def check_step(backend_name: str, case_name: str, sequences: list[Sequence], see
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_step_is_dense_attention(backend_name: str, case_name: str, data: st.DataObject):
-    shapes, _, decode_only = CASES[case_name]
+    shapes, _, decode_only, _ = CASES[case_name]
     found = data.draw(sequences(shapes, decode_only=decode_only))
     check_step(backend_name, case_name, found, seed=data.draw(st.integers(0, 99)))
 
@@ -173,7 +196,7 @@ def test_steps_at_the_edges(backend_name: str, case_name: str, step_name: str):
 @pytest.mark.parametrize("backend_name", ["xla", "cpp"])
 def test_pages_are_changed_in_place(backend_name: str, case_name: str):
     """Compiled for a large pool: its memory is the pool's, and there is no second one."""
-    shapes, spec, decode_only = CASES[case_name]
+    shapes, spec, decode_only, _ = CASES[case_name]
     backend = BACKENDS[backend_name](shapes.H)
     shapes = replace(shapes, P=4096)
     step = make_step([], replace(shapes, P=1), spec, seed=0)

@@ -16,7 +16,8 @@ from jaxinfer.core.sampling_params import MAX_LOGPROBS, SamplingParams
 from jaxinfer.core.step import TokenLogprobs
 from jaxinfer.engine.core import EngineCore
 from jaxinfer.runner.runner import Runner
-from jaxinfer.scheduler.scheduler import Scheduler, SchedulerLimits
+from jaxinfer.scheduler.limits import SchedulerLimits
+from jaxinfer.scheduler.scheduler import Scheduler
 
 _ME = 0
 

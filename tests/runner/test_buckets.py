@@ -8,8 +8,8 @@ from jaxinfer.core.limits import EngineLimits
 from jaxinfer.errors import ConfigError
 from jaxinfer.runner.buckets import Bucket, BucketRule, choose_bucket, make_buckets
 
-CPU = BucketRule(smallest_decode=1, decode_factor=4, token_factor=4)
-TPU = BucketRule(smallest_decode=1, decode_factor=2, token_factor=4)
+CPU = BucketRule(smallest_decode=1, smallest_mixed=32, decode_factor=8, token_factor=4)
+TPU = BucketRule(smallest_decode=1, smallest_mixed=16, decode_factor=2, token_factor=4)
 
 
 def limits(max_num_seqs: int, max_num_batched_tokens: int) -> EngineLimits:
@@ -26,18 +26,16 @@ def test_the_usual_cpu_buckets():
     buckets = make_buckets(limits(64, 512), CPU)
     assert [str(bucket) for bucket in buckets] == [
         "decode 1x1",
-        "decode 4x4",
-        "decode 16x16",
+        "decode 8x8",
         "decode 64x64",
-        "mixed 16x16",
-        "mixed 64x64",
-        "mixed 256x64",
+        "mixed 32x32",
+        "mixed 128x64",
         "mixed 512x64",
     ]
 
 
 def test_the_smallest_decode_bucket_follows_the_rule_and_the_limits():
-    rule = BucketRule(smallest_decode=4, decode_factor=4, token_factor=4)
+    rule = BucketRule(smallest_decode=4, smallest_mixed=16, decode_factor=4, token_factor=4)
     assert [b.num_seqs for b in make_buckets(limits(16, 16), rule) if b.decode_only] == [4, 16]
     assert [b.num_seqs for b in make_buckets(limits(2, 16), rule) if b.decode_only] == [2]
 
@@ -45,7 +43,7 @@ def test_the_smallest_decode_bucket_follows_the_rule_and_the_limits():
 def test_token_buckets_replace_the_mixed_ones():
     buckets = make_buckets(limits(8, 100), CPU, token_buckets=[32, 64])
     assert [b.num_tokens for b in buckets if not b.decode_only] == [32, 64, 100]
-    assert [b.num_tokens for b in buckets if b.decode_only] == [1, 4, 8]
+    assert [b.num_tokens for b in buckets if b.decode_only] == [1, 8]
     with pytest.raises(ConfigError, match=r"--token-buckets holds 128.*max-num-batched-tokens=100"):
         make_buckets(limits(8, 100), CPU, token_buckets=[128])
 
@@ -59,9 +57,9 @@ def test_the_smallest_bucket_that_holds_the_step_is_chosen():
         )
 
     assert choose(1, 1, decode_only=True).num_tokens == 1
-    assert choose(5, 5, decode_only=True).num_tokens == 16
-    assert choose(5, 5).num_tokens == 16  # one token each, but a prompt wants its logprobs
-    assert choose(17, 1).num_tokens == 64
+    assert choose(5, 5, decode_only=True).num_tokens == 8
+    assert choose(5, 5).num_tokens == 32  # one token each, but a prompt wants its logprobs
+    assert choose(33, 1).num_tokens == 128
     assert choose(512, 64).num_tokens == 512
     with pytest.raises(AssertionError, match="no bucket holds 513 tokens"):
         choose(513, 1)
@@ -82,7 +80,8 @@ def cases(draw: st.DrawFn) -> tuple[EngineLimits, BucketRule, list[int], int, in
     max_seqs = draw(st.integers(1, min(max_tokens, 300)))
     rule = BucketRule(
         smallest_decode=draw(st.sampled_from([1, 4, 8])),
-        decode_factor=draw(st.sampled_from([2, 4])),
+        smallest_mixed=draw(st.sampled_from([16, 32])),
+        decode_factor=draw(st.sampled_from([2, 4, 8])),
         token_factor=draw(st.sampled_from([2, 4])),
     )
     token_buckets = sorted(draw(st.sets(st.integers(1, max_tokens), max_size=3)))

@@ -89,7 +89,7 @@ def test_phases_are_reported_in_order(build: Build, tiny_dir: Path):
     runner = build(tiny_dir)
     runner.close()
     phases = list(dict.fromkeys(phase for phase, _, _ in build.progress))
-    assert phases == ["compile", "load weights", "allocate"]
+    assert phases == ["compile", "load weights", "allocate", "warm up"]
     for phase in phases[:2]:
         counts = [event[1:] for event in build.progress if event[0] == phase]
         total = counts[0][1]

@@ -20,7 +20,7 @@ def test_all_are_compiled_with_progress():
     calls = []
     compiled = compile_all(
         {str(size): add(size) for size in (2, 3, 5)},
-        compiler_options("cpu"),
+        compiler_options("cpu", num_workers=2),
         num_workers=2,
         on_done=lambda done, total: calls.append((done, total)),
     )
@@ -34,7 +34,7 @@ def test_all_are_compiled_with_progress():
 
 def test_donated_arguments_are_used_up():
     program = Program(function=lambda x: x + 1, args=(abstract(64),), donate=(0,))
-    compiled = program.compile(compiler_options("cpu"))
+    compiled = program.compile(compiler_options("cpu", num_workers=2))
     x = jnp.zeros(64, jnp.float32)
     compiled(x)
     assert x.is_deleted()
@@ -47,7 +47,10 @@ def test_the_first_error_is_raised():
     programs = {"good": add(7), "bad": Program(function=broken, args=(abstract(2),), donate=())}
     with pytest.raises(RuntimeError, match="no such layer"):
         compile_all(
-            programs, compiler_options("cpu"), num_workers=2, on_done=lambda done, total: None
+            programs,
+            compiler_options("cpu", num_workers=2),
+            num_workers=2,
+            on_done=lambda done, total: None,
         )
 
 

@@ -47,18 +47,18 @@ read = jax.jit(partial(unpack_step, bucket=BUCKET, page_size=PAGE_SIZE))
 
 
 def pack(
-    step: ScheduledStep, prompts: list[PromptChunk | None] | None = None, bucket: Bucket = BUCKET
+    step: ScheduledStep, prompts: dict[int, PromptChunk] | None = None, bucket: Bucket = BUCKET
 ) -> np.ndarray:
     return pack_step(
         step.seqs,
         bucket,
         page_size=PAGE_SIZE,
         sampling_table_RW=TABLE_RW,
-        prompts=prompts or [None] * len(step.seqs),
+        prompts=prompts or {},
     )
 
 
-def round_trip(step: ScheduledStep, prompts: list[PromptChunk | None] | None = None) -> StepInputs:
+def round_trip(step: ScheduledStep, prompts: dict[int, PromptChunk] | None = None) -> StepInputs:
     words = pack(step, prompts)
     assert words.dtype == np.int32
     assert words.shape == (num_words(BUCKET, PAGE_SIZE),)
@@ -69,10 +69,11 @@ def round_trip(step: ScheduledStep, prompts: list[PromptChunk | None] | None = N
 @given(step=steps(max_num_seqs=NUM_SLOTS, max_num_tokens=32), data=st.data())
 def test_round_trip(step: ScheduledStep, data: st.DataObject):
     prompts = [data.draw(st.none() | st.integers(-1, 1000)) for _ in step.seqs]
-    chunks = [
-        None if token is None else PromptChunk(num_logprobs=1, num_targets=1, next_token=token)
-        for token in prompts
-    ]
+    chunks = {
+        index: PromptChunk(num_logprobs=1, num_targets=1, next_token=token)
+        for index, token in enumerate(prompts)
+        if token is not None
+    }
     got = round_trip(step, chunks)
     num_seqs, S = len(step.seqs), BUCKET.num_seqs  # noqa: N806
     lengths = [len(seq.token_ids) for seq in step.seqs]
@@ -85,9 +86,7 @@ def test_round_trip(step: ScheduledStep, data: st.DataObject):
     assert got.query_starts_S1.tolist() == starts + [starts[-1]] * (S - num_seqs)
     assert got.slots_S[:num_seqs].tolist() == [seq.slot for seq in step.seqs]
     assert got.starts_S[:num_seqs].tolist() == [seq.start for seq in step.seqs]
-    assert got.wants_prompt_S.tolist() == [int(c is not None) for c in chunks] + [0] * (
-        S - num_seqs
-    )
+    assert got.wants_prompt_S.tolist() == [int(index in chunks) for index in range(S)]
     wanted = [-1 if token is None else token for token in prompts]
     assert got.next_token_S[:num_seqs].tolist() == wanted
     check_page_updates(step, got)

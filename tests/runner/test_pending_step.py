@@ -30,17 +30,16 @@ def answer(
     seqs: list[ScheduledSeq],
     tokens: list[int],
     *,
-    num_logprobs: list[int | None] | None = None,
-    prompts: list[PromptChunk | None] | None = None,
+    num_logprobs: dict[int, int] | None = None,
+    prompts: dict[int, PromptChunk] | None = None,
     broken: int | None = None,
 ) -> PendingStep:
-    nothing = [None] * len(seqs)
     result = StepResult(
         tokens_S=jnp.asarray(tokens, jnp.int32),
         logprobs_SW=jnp.asarray(numbered(len(tokens), broken=broken)),
         prompt_logprobs_TW=jnp.asarray(numbered(32, broken=broken)),
     )
-    return PendingStep(make_step(seqs), result, num_logprobs or nothing, prompts or nothing)
+    return PendingStep(make_step(seqs), result, num_logprobs or {}, prompts or {})
 
 
 def test_only_those_who_sample_get_a_token():
@@ -52,13 +51,13 @@ def test_only_those_who_sample_get_a_token():
     output = answer(seqs, [11, 12, 13, 0]).result()
     assert output.step_id == 0
     assert [seq.token_ids for seq in output.seqs] == [[11], [], [13]]
-    assert all(seq.logprobs == [] and seq.prompt_logprobs == [] for seq in output.seqs)
+    assert all(not seq.logprobs and not seq.prompt_logprobs for seq in output.seqs)
     assert all(seq.error is None for seq in output.seqs)
 
 
 def test_logprobs_of_the_row_and_as_many_as_wanted():
     seqs = [make_seq(slot, [PENDING_TOKEN]) for slot in range(3)]
-    output = answer(seqs, [11, 12, 13, 0], num_logprobs=[None, 2, 0]).result()
+    output = answer(seqs, [11, 12, 13, 0], num_logprobs={1: 2, 2: 0}).result()
     assert output.seqs[0].logprobs == []
     (second,) = output.seqs[1].logprobs
     assert second.token_ids == [12, 101, 102]
@@ -77,7 +76,7 @@ def test_prompt_logprobs_are_those_of_the_tokens_behind():
     ]
     goes_on = PromptChunk(num_logprobs=1, num_targets=3, next_token=43)
     ends = PromptChunk(num_logprobs=0, num_targets=1, next_token=-1)
-    output = answer(seqs, [9, 9, 9], prompts=[None, goes_on, ends]).result()
+    output = answer(seqs, [9, 9, 9], prompts={1: goes_on, 2: ends}).result()
     assert output.seqs[0].prompt_logprobs == []
     chunk = output.seqs[1].prompt_logprobs
     assert [entry.token_ids for entry in chunk] == [[41, 101], [42, 201], [43, 301]]
@@ -91,7 +90,7 @@ def test_prompt_logprobs_in_a_chunk_that_ends_in_the_output():
     """A resumed request recomputes prompt and output in one chunk; only prompt tokens count."""
     seqs = [make_seq(0, [40, 41, 60, 61])]
     chunk = PromptChunk(num_logprobs=0, num_targets=1, next_token=-1)
-    (seq,) = answer(seqs, [9], prompts=[chunk]).result().seqs
+    (seq,) = answer(seqs, [9], prompts={0: chunk}).result().seqs
     assert [entry.token_ids for entry in seq.prompt_logprobs] == [[41]]
 
 
@@ -118,8 +117,8 @@ def test_broken_numbers_never_go_out_as_logprobs(where: str):
     pending = answer(
         seqs,
         [8, 9],
-        num_logprobs=[1, 1] if where == "logprobs" else None,
-        prompts=[chunk, chunk] if where == "prompt_logprobs" else None,
+        num_logprobs={1: 1, 0: 1} if where == "logprobs" else None,
+        prompts={0: chunk, 1: chunk} if where == "prompt_logprobs" else None,
         broken=0,
     )
     first, second = pending.result().seqs

@@ -1,6 +1,7 @@
 """Loading into shards: values, dtypes, one error for all that is wrong, bounded host memory."""
 
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from jaxinfer.errors import CheckpointError
+from jaxinfer.layers.packing import Packing
 from jaxinfer.models.pieces import Piece
 from jaxinfer.weights.loader import PHASE, load_params
 from jaxinfer.weights.reader import CheckpointReader, open_checkpoint
+from pallas_kernels.matmul.cpu import PanelMatmul
 from tests.weights.checkpoints import write_gguf, write_shards
 
 
@@ -34,7 +37,11 @@ def whole(name: str, *shape: int) -> tuple[Piece, ...]:
 
 
 def load(reader: CheckpointReader, abstract, pieces, **options):
-    arguments = {"optional_names": lambda name: False, "on_progress": lambda *_: None}
+    arguments = {
+        "packings": {},
+        "optional_names": lambda name: False,
+        "on_progress": lambda *_: None,
+    }
     return load_params(reader, abstract, pieces, **(arguments | options))
 
 
@@ -214,3 +221,30 @@ def test_parameters_stay_when_reader_and_file_are_gone(tmp_path, tensors):
     (directory / "model.safetensors").write_bytes(b"")  # truncates in place: maps would crash
     for name, expected in tensors.items():
         np.testing.assert_array_equal(np.asarray(params[name]), expected)
+
+
+@pytest.mark.parametrize("columns_first", [False, True])
+def test_packed_parameters_are_assembled_first(tmp_path, columns_first):
+    """Two tensors side by side, then stored as the kernel wants it."""
+    left, right = random(4, 3, seed=1), random(4, 3, seed=2)
+    tensors = {"left": left, "right": right}
+    reader = open_checkpoint(write_shards(tmp_path, {"model.safetensors": tensors}, index=False))
+    kernel = PanelMatmul(target="unused", panel=16, dtype="bfloat16")
+    packing = Packing(kernel=kernel, shape=(4, 6), num_contracted=1, columns_first=columns_first)
+    if columns_first:
+        packing = replace(packing, shape=(6, 4))
+    abstract = {"both": target(packing.stored.shape, packing.stored.dtype, mesh_of(1))}
+    pieces = {
+        "both": tuple(
+            Piece(
+                name=name,
+                shape=(4, 3),
+                arrange=np.transpose if columns_first else lambda array: array,
+                region=(part,) if columns_first else (slice(None), part),
+            )
+            for name, part in (("left", slice(3)), ("right", slice(3, 6)))
+        )
+    }
+    params = load(reader, abstract, pieces, packings={"both": packing})
+    expected = kernel.pack(np.concatenate([left, right], axis=1))
+    np.testing.assert_array_equal(params["both"], expected)

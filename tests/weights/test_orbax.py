@@ -70,6 +70,7 @@ def test_it_loads_from_several_threads(source, tmp_path):
             name: (Piece(name=name, shape=array.shape, arrange=lambda a: a),)
             for name, array in TENSORS.items()
         },
+        packings={},
         optional_names=lambda name: False,
         on_progress=lambda *_: None,
     )

@@ -1,0 +1,186 @@
+"""Compiled programs on disk under names that are known before tracing: a warm start only reads.
+
+JAX's own cache is asked for with the lowered program, so each start still traces and lowers every
+bucket, one after the other (Python holds its lock). Here the name is a digest of everything that a
+program is made from, the sources of this code included. An entry that is damaged, foreign or
+from other versions is ignored with a line in the log, and the program is compiled.
+
+Entries are machine code with pickled descriptions of arguments and results (JAX has no other form
+of a loaded program): whoever can write one can run code as this user, and the checksum finds
+damage, not intent. So the directory must belong to this user and be writable by nobody else;
+otherwise nothing is read from it.
+"""
+
+import hashlib
+import os
+import pickle
+import platform
+import stat
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+from jax.stages import Compiled
+
+import jaxinfer
+import pallas_kernels
+from jaxinfer.config.env import compiler_flags
+from jaxinfer.logging import get_logger
+from jaxinfer.parallel.mesh import Device
+
+logger = get_logger(__name__)
+
+_MAGIC = b"jaxinfer program 1\n"
+_DIGEST_BYTES = 32
+_SUBDIRECTORY = "programs"  # of the compile cache
+_MOST_ENTRIES = 200  # some MB each; those used last stay
+_LIBRARIES = ("jax", "jaxlib", "flax", "numpy")
+_SOURCE_SUFFIXES = (".py", ".cc", ".h")
+_JAX_OPTIONS = (
+    "jax_default_matmul_precision",
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_default_prng_impl",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramStore:
+    """A directory of programs, of which those of one origin and for these devices are seen."""
+
+    directory: Path
+    origin: str  # digest of what all programs have in common
+    devices: tuple[Device, ...]
+
+    def load(self, identity: str) -> Compiled | None:
+        """The program of this name, or None."""
+        path = self._path(identity)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            logger.warning("compiled program %s cannot be read: %s", path, error)
+            return None
+        header = len(_MAGIC) + _DIGEST_BYTES
+        payload = content[header:]
+        if content[:header] != _MAGIC + hashlib.sha256(payload).digest():
+            return self._discard(path, "it is damaged")
+        try:
+            executable, in_tree, out_tree = pickle.loads(payload)
+            compiled = serialize_executable.deserialize_and_load(
+                executable, in_tree, out_tree, execution_devices=self.devices
+            )
+        except Exception as error:  # noqa: BLE001  (JAX names none, and there is another way)
+            return self._discard(path, str(error))
+        with suppress(OSError):
+            os.utime(path)  # was used
+        return compiled
+
+    def save(self, identity: str, compiled: Compiled) -> None:
+        """Keeps a program, if the backend can write it; a full disk is no reason to stop."""
+        try:
+            payload = pickle.dumps(serialize_executable.serialize(compiled))
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            logger.info("compiled programs cannot be stored here: %s", error)
+            return
+        path = self._path(identity)
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            unfinished.write_bytes(_MAGIC + hashlib.sha256(payload).digest() + payload)
+            os.replace(unfinished, path)
+        except OSError as error:
+            logger.warning("a compiled program cannot be stored: %s", error)
+            with suppress(OSError):
+                unfinished.unlink()
+
+    def _discard(self, path: Path, reason: str) -> None:
+        logger.warning("compiled program %s is deleted and compiled again: %s", path, reason)
+        with suppress(OSError):
+            path.unlink()
+
+    def _path(self, identity: str) -> Path:
+        digest = hashlib.sha256(f"{self.origin}\n{identity}".encode()).hexdigest()
+        return self.directory / f"{digest[:40]}.program"
+
+
+def open_store(
+    directory: str, devices: Sequence[Device], facts: Mapping[str, Any]
+) -> ProgramStore | None:
+    """The store in a compile cache directory, which exists; None for "none".
+
+    `facts` are what makes an engine's programs others than those of another engine on the same
+    devices: the model's configuration and the settings, as values whose `repr` says everything.
+    """
+    if directory == "none":
+        return None
+    own = Path(directory) / _SUBDIRECTORY
+    if not _is_private(own):
+        return None
+    client = devices[0].client
+    lines = [
+        *(f"{name} {version(name)}" for name in _LIBRARIES),
+        *(f"{name} {getattr(jax.config, name)}" for name in _JAX_OPTIONS),
+        f"python {platform.python_version()}",
+        f"platform {client.platform} {client.platform_version} {compiler_flags()}",
+        f"devices {[(device.id, device.device_kind) for device in devices]}",
+        f"processor {_processor()} x {os.cpu_count()}",  # loops are cut for so many threads
+        f"sources {_digest_of_sources()}",
+        *(f"{name} {value!r}" for name, value in sorted(facts.items())),
+    ]
+    origin = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    _delete_oldest(own)
+    return ProgramStore(directory=own, origin=origin, devices=tuple(devices))
+
+
+def _is_private(directory: Path) -> bool:
+    """Makes the directory; False, with a line in the log, if others could put files into it."""
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        status = directory.lstat()
+    except OSError as error:
+        logger.warning("compiled programs are not stored: %s", error)
+        return False
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if is_own and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return True
+    logger.warning(
+        "compiled programs are not stored: %s must be a directory of this user that nobody else "
+        "can write (chmod 700), since programs are run as they are found there",
+        directory,
+    )
+    return False
+
+
+def _delete_oldest(directory: Path) -> None:
+    """Versions and settings come and go; their programs would stay for ever."""
+    found = []
+    for path in directory.iterdir():
+        with suppress(FileNotFoundError):  # another process did the same
+            found.append((path.stat().st_mtime, path))
+    for _, path in sorted(found)[:-_MOST_ENTRIES]:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _processor() -> str:
+    """What machine code may rely on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return " ".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+
+
+def _digest_of_sources() -> str:
+    digest = hashlib.sha256()
+    for package in (jaxinfer, pallas_kernels):
+        for path in sorted(Path(package.__path__[0]).rglob("*")):
+            if path.suffix in _SOURCE_SUFFIXES:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,325 @@
+// x[M, K] times a weight [K, N] that was laid out for it, on CPUs, called from XLA through its FFI.
+//
+// The weight lies in panels of kPanel columns: a panel is read as one stream and stays in the cache
+// while all rows of x pass. It may be float32, or bfloat16 in memory with products and sums in
+// float32: half the bytes to read, and as exact as a float32 weight of the same values. Two
+// bfloat16 values of consecutive k form a 32-bit word, so that one shift or one mask makes each a
+// float32 vector, and so that processors with AVX512-BF16 can multiply the pairs as they are (x is
+// rounded to bfloat16 too then). A tile of rows x panel is summed in registers, as in Goto & van de
+// Geijn, "Anatomy of high-performance matrix multiplication", 2008.
+//
+// Layout: x float32 [M, K]; weight uint16 [panels, K/2, kPanel, 2] or float32 [panels, K, kPanel];
+// out float32 [M, N], of which only the first num_rows are computed, the others are zero. Columns of
+// the last panel beyond N are zero and are not written.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "pairs.h"
+#include "parallel.h"
+#include "vec.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace jaxinfer {
+namespace {
+
+constexpr int kVecs = 2;                             // vectors of one row of a panel
+constexpr int kPanel = kVecs * kLanes;               // columns of a panel
+constexpr int kRows = kNumRegisters == 16 ? 6 : 12;  // rows of a tile: its sums fill the registers
+constexpr int64_t kDepth = 2048;           // k of one pass: a float32 panel stays in the second cache
+constexpr int64_t kRowsBytes = 192 * 1024; // of x, likewise
+constexpr int64_t kItemBytes = 128 * 1024; // of weights, the most that a thread takes at a time
+constexpr int64_t kItemsPerThread = 8;     // aimed at, so that threads end together
+
+using Sums = Vec[kRows][kVecs];
+
+// Adds the product of a tile's rows with a panel. `x` is the first row, `stride` floats apart.
+template <int kTileRows>
+inline void Multiply(const float* x, int64_t stride, const float* panel, int64_t depth,
+                     Sums& sums) {
+  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
+    const Vec left = Load(panel), right = Load(panel + kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+      const Vec value = Splat(x[i * stride + k]);
+      sums[i][0] += value * left;
+      sums[i][1] += value * right;
+    }
+  }
+}
+
+// The same for a panel of pairs; depth is even.
+template <int kTileRows>
+inline void Multiply(const float* x, int64_t stride, const uint32_t* panel, int64_t depth,
+                     Sums& sums) {
+  for (int64_t k = 0; k < depth; k += 2, panel += kPanel) {
+    const IntVec words[kVecs] = {LoadPairs(panel), LoadPairs(panel + kLanes)};
+    Vec left = FirstOf(words[0]), right = FirstOf(words[1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+      const Vec value = Splat(x[i * stride + k]);
+      sums[i][0] += value * left;
+      sums[i][1] += value * right;
+    }
+    left = SecondOf(words[0]), right = SecondOf(words[1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+      const Vec value = Splat(x[i * stride + k + 1]);
+      sums[i][0] += value * left;
+      sums[i][1] += value * right;
+    }
+  }
+}
+
+#if defined(JAXINFER_HAS_PAIR_PRODUCTS)
+// Both sides are pairs; depth counts pairs.
+template <int kTileRows>
+inline void Multiply(const uint32_t* x, int64_t stride, const uint32_t* panel, int64_t depth,
+                     Sums& sums) {
+  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
+    const IntVec left = LoadPairs(panel), right = LoadPairs(panel + kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+      const IntVec value = IntVec{} + static_cast<int32_t>(x[i * stride + k]);
+      sums[i][0] = AddPairProducts(sums[i][0], value, left);
+      sums[i][1] = AddPairProducts(sums[i][1], value, right);
+    }
+  }
+}
+#endif
+
+// Where a tile's sums go.
+struct Place {
+  float* out;
+  int64_t stride;
+  int64_t num_columns;  // kPanel, fewer in the last panel
+  bool add;             // to what is there, from an earlier pass over k
+};
+
+template <int kTileRows, typename X, typename W>
+__attribute__((noinline)) void Tile(const X* x, int64_t stride, const W* panel, int64_t depth,
+                                    const Place& place) {
+  Sums sums = {};
+  Multiply<kTileRows>(x, stride, panel, depth, sums);
+  float* out = place.out;
+  for (int i = 0; i < kTileRows; ++i, out += place.stride) {
+    float row[kPanel] = {};
+    if (place.add) std::memcpy(row, out, place.num_columns * sizeof(float));
+    for (int j = 0; j < kVecs; ++j) Store(row + j * kLanes, Load(row + j * kLanes) + sums[i][j]);
+    if (place.num_columns == kPanel) {
+      std::memcpy(out, row, sizeof(row));
+    } else {
+      std::memcpy(out, row, place.num_columns * sizeof(float));
+    }
+  }
+}
+
+// The tile that is left over: fewer rows than a whole one.
+template <int kMost, typename X, typename W>
+void LastTile(const X* x, int64_t stride, int64_t num_rows, const W* panel, int64_t depth,
+              const Place& place) {
+  if constexpr (kMost > 0) {
+    if (num_rows == kMost) return Tile<kMost>(x, stride, panel, depth, place);
+    LastTile<kMost - 1>(x, stride, num_rows, panel, depth, place);
+  }
+}
+
+// All rows of x with one panel, a tile at a time.
+template <typename X, typename W>
+void TileRows(const X* x, int64_t stride, int64_t num_rows, const W* panel, int64_t depth,
+              Place place) {
+  for (; num_rows >= kRows; num_rows -= kRows) {
+    Tile<kRows>(x, stride, panel, depth, place);
+    x += kRows * stride;
+    place.out += kRows * place.stride;
+  }
+  LastTile<kRows - 1>(x, stride, num_rows, panel, depth, place);
+}
+
+// One product. Threads take runs of panels; each walks its rows of x in blocks that stay in the
+// second cache, and for a block all its panels.
+struct Problem {
+  const float* x;
+  const void* weight;
+  float* out;
+  int64_t num_rows, depth, num_columns;
+
+  int64_t num_panels() const { return (num_columns + kPanel - 1) / kPanel; }
+  Place PlaceOf(int64_t row, int64_t panel, bool add) const {
+    const int64_t column = panel * kPanel;
+    return {out + row * num_columns + column, num_columns,
+            std::min<int64_t>(kPanel, num_columns - column), add};
+  }
+};
+
+int64_t RowsPerBlock(int64_t row_bytes) {
+  return std::max<int64_t>(1, kRowsBytes / row_bytes / kRows) * kRows;
+}
+
+// A float32 panel out of pairs.
+[[maybe_unused]] void Expand(const uint32_t* pairs, int64_t depth, float* panel) {
+  for (int64_t k = 0; k < depth; k += 2, pairs += kPanel, panel += 2 * kPanel) {
+    for (int j = 0; j < kPanel; j += kLanes) {
+      const IntVec words = LoadPairs(pairs + j);
+      Store(panel + j, FirstOf(words));
+      Store(panel + kPanel + j, SecondOf(words));
+    }
+  }
+}
+
+// Multiplies panels [first, last), whatever their type, in float32.
+template <typename W>
+void FloatPanels(const Problem& p, int64_t first, int64_t last, std::vector<float>& scratch) {
+  constexpr bool kIsPairs = !std::is_same_v<W, float>;
+  constexpr int64_t kPerWord = kIsPairs ? 2 : 1;  // values of k in one W
+  const int64_t block = RowsPerBlock(std::min(p.depth, kDepth) * sizeof(float));
+  const bool expand = kIsPairs && p.num_rows > kRows;
+  if (expand) scratch.resize(std::min(p.depth, kDepth) * kPanel);
+  for (int64_t k = 0; k < p.depth; k += kDepth) {
+    const int64_t depth = std::min(kDepth, p.depth - k);
+    for (int64_t row = 0; row < p.num_rows; row += block) {
+      const int64_t num_rows = std::min(block, p.num_rows - row);
+      const float* x = p.x + row * p.depth + k;
+      for (int64_t panel = first; panel < last; ++panel) {
+        const W* weight = static_cast<const W*>(p.weight) +
+                          (panel * p.depth + k) / kPerWord * kPanel;
+        const Place place = p.PlaceOf(row, panel, k > 0);
+        if constexpr (kIsPairs) {
+          if (expand) {
+            Expand(weight, depth, scratch.data());
+            TileRows(x, p.depth, num_rows, scratch.data(), depth, place);
+            continue;
+          }
+        }
+        TileRows(x, p.depth, num_rows, weight, depth, place);
+      }
+    }
+  }
+}
+
+template <typename Work>
+void OverPanels(ffi::ThreadPool& pool, const Problem& p, int64_t value_bytes, const Work& work) {
+  const int64_t most = std::max<int64_t>(1, kItemBytes / (p.depth * kPanel * value_bytes));
+  const int64_t fair = p.num_panels() / (kItemsPerThread * std::max<int64_t>(1, pool.num_threads()));
+  const int64_t size = std::clamp<int64_t>(fair, 1, most);
+  const int64_t num_items = (p.num_panels() + size - 1) / size;
+  ParallelFor(pool, num_items, [&] {
+    return [&, scratch = std::vector<float>()](int64_t item) mutable {
+      work(item * size, std::min((item + 1) * size, p.num_panels()), scratch);
+    };
+  });
+}
+
+#if defined(JAXINFER_HAS_PAIR_PRODUCTS)
+// x as pairs of bfloat16. Rows are a line apart from a power of two, or they would all fall into
+// the same few places of the first cache.
+class PairRows {
+ public:
+  PairRows(ffi::ThreadPool& pool, const Problem& p) : stride_(p.depth / 2 + 16) {
+    thread_local std::vector<uint32_t> buffer;  // kept: fresh memory would be paged in every time
+    if (static_cast<int64_t>(buffer.size()) < stride_ * p.num_rows) {
+      buffer.resize(stride_ * p.num_rows);
+    }
+    data_ = buffer.data();
+    uint32_t* data = buffer.data();
+    const int64_t stride = stride_, block = 16;
+    ParallelFor(pool, (p.num_rows + block - 1) / block, [&] {
+      return [&](int64_t item) {
+        const int64_t end = std::min((item + 1) * block, p.num_rows);
+        for (int64_t row = item * block; row < end; ++row) {
+          Round(p.x + row * p.depth, p.depth, data + row * stride);
+        }
+      };
+    });
+  }
+  const uint32_t* row(int64_t index) const { return data_ + index * stride_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  static void Round(const float* x, int64_t depth, uint32_t* pairs) {
+    int64_t k = 0;
+    for (; k + 2 * kLanes <= depth; k += 2 * kLanes) RoundToPairs(x + k, pairs + k / 2);
+    for (; k < depth; k += 2) {
+      pairs[k / 2] = ToBits16(x[k]) | static_cast<uint32_t>(ToBits16(x[k + 1])) << 16;
+    }
+  }
+
+  int64_t stride_;
+  const uint32_t* data_;
+};
+
+void PairPanels(const Problem& p, const PairRows& x, int64_t first, int64_t last) {
+  const int64_t block = RowsPerBlock(std::min(p.depth, kDepth) * 2);
+  for (int64_t k = 0; k < p.depth; k += kDepth) {
+    const int64_t depth = std::min(kDepth, p.depth - k) / 2;
+    for (int64_t row = 0; row < p.num_rows; row += block) {
+      const int64_t num_rows = std::min(block, p.num_rows - row);
+      for (int64_t panel = first; panel < last; ++panel) {
+        const uint32_t* weight =
+            static_cast<const uint32_t*>(p.weight) + (panel * p.depth + k) / 2 * kPanel;
+        TileRows(x.row(row) + k / 2, x.stride(), num_rows, weight, depth,
+                 p.PlaceOf(row, panel, k > 0));
+      }
+    }
+  }
+}
+#endif
+
+void MultiplyPairs(ffi::ThreadPool& pool, const Problem& p) {
+#if defined(JAXINFER_HAS_PAIR_PRODUCTS)
+  const PairRows x(pool, p);
+  OverPanels(pool, p, 2, [&](int64_t first, int64_t last, std::vector<float>&) {
+    PairPanels(p, x, first, last);
+  });
+#else
+  OverPanels(pool, p, 2, [&](int64_t first, int64_t last, std::vector<float>& scratch) {
+    FloatPanels<uint32_t>(p, first, last, scratch);
+  });
+#endif
+}
+
+void MultiplyFloats(ffi::ThreadPool& pool, const Problem& p) {
+  OverPanels(pool, p, 4, [&](int64_t first, int64_t last, std::vector<float>& scratch) {
+    FloatPanels<float>(p, first, last, scratch);
+  });
+}
+
+ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
+                  ffi::Buffer<ffi::S32> num_rows, ffi::Result<ffi::Buffer<ffi::F32>> out) {
+  const auto x_dims = x.dimensions(), out_dims = out->dimensions(), dims = weight.dimensions();
+  const int64_t num_used = std::clamp<int64_t>(num_rows.typed_data()[0], 0, x_dims[0]);
+  const Problem p{x.typed_data(), weight.untyped_data(), out->typed_data(),
+                  num_used,       x_dims[1],             out_dims[1]};
+  const bool is_pairs = weight.element_type() == ffi::U16;
+  const int64_t depth = is_pairs ? 2 * dims[1] : dims[1];
+  if (dims[0] != p.num_panels() || dims[2] != kPanel || depth != p.depth) {
+    return ffi::Error::InvalidArgument("the weight is not laid out for this product");
+  }
+  if (is_pairs) {
+    MultiplyPairs(pool, p);
+  } else {
+    MultiplyFloats(pool, p);
+  }
+  std::fill(p.out + num_used * p.num_columns, p.out + x_dims[0] * p.num_columns, 0.0f);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+// Columns of a panel, for who lays out the weights.
+extern "C" int JaxinferMatmulPanel() { return kPanel; }
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferMatmul, Matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+}  // namespace jaxinfer
