@@ -105,6 +105,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     prefix_hits_total: int = 0  # tokens found
     num_preemptions_total: int = 0
     num_compiles_after_ready: int = 0
+    num_failed_steps_total: int = 0  # steps that broke; their requests were run again
+    num_restarts_total: int = 0  # cores started in place of one that was lost
 
 
 class StepUpdate(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="update"):
@@ -112,6 +114,7 @@ class StepUpdate(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag
 
     sequences: list[SequenceUpdate]
     stats: EngineStats
+    num_tokens: int = 0  # that the step computed, prompts' and generated ones; 0: no step has ended
 
 
 class Rejected(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="rejected"):

@@ -1,6 +1,7 @@
 """How to turn logits into tokens, for one request. Validated where it is made; no JAX, no HTTP."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -15,9 +16,23 @@ MAX_LOGIT_BIAS = 300
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_TOKENS = 8
 
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""The settings of which a model may bring defaults (generation_config.json)."""
+
+
+def model_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a generation_config.json wants to be sampled, and its `max_new_tokens`."""
+    return {
+        name: generation_config[name]
+        for name in (*MODEL_DEFAULTS, "max_new_tokens")
+        if generation_config.get(name) is not None
+    }
+
 
 def _check_range(name: str, value: Any, low: float, high: float, *, low_open: bool = False) -> None:
     """Raises RequestError unless `value` is finite and in [low, high] ((low, high] if open)."""
+    if type(value) is float and low < value <= high:  # nearly always: 20 checks for each request
+        return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError(f"{name} must be a number, got {value!r}.", param=name)
     bracket = "(" if low_open else "["
@@ -28,6 +43,8 @@ def _check_range(name: str, value: Any, low: float, high: float, *, low_open: bo
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
+    if type(value) is int and low <= value <= high:
+        return
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(f"{name} must be an integer, got {value!r}.", param=name)
     if not low <= value <= high:

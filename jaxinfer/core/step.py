@@ -66,12 +66,15 @@ class TokenLogprobs(NamedTuple):
     rank: int  # of entry 0, 1 = most likely
 
 
-class SeqOutput(NamedTuple):
-    """What a step gave for one sequence; fields are empty where the step gave nothing."""
+class SeqOutput(msgspec.Struct, frozen=True):
+    """What a step gave for one sequence; fields are empty where the step gave nothing.
 
-    token_ids: list[int]  # newly sampled tokens (one, more with speculation, none mid-prefill)
-    logprobs: list[TokenLogprobs]  # as many as token_ids, when the request asked for them
-    prompt_logprobs: list[TokenLogprobs]  # of prompt tokens start+1 .. start+len(token_ids)
+    (A Struct for the same reason as ScheduledSeq.)
+    """
+
+    token_ids: Sequence[int]  # newly sampled tokens (one; more with speculation; none mid-prefill)
+    logprobs: Sequence[TokenLogprobs]  # as many as token_ids, when the request asked for them
+    prompt_logprobs: Sequence[TokenLogprobs]  # of prompt tokens start+1 .. start+len(token_ids)
     error: str | None = None  # the sequence's numbers broke (NaN logits); it must fail alone
 
 

@@ -6,6 +6,7 @@ others' time. Imports no JAX. Knows client, tokenizer and requests; must not kno
 """
 
 import asyncio
+import copy
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -17,11 +18,12 @@ from jaxinfer.core.progress import ProgressCallback, ignore_progress
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.engine.admission import check_priority
 from jaxinfer.engine.client import EngineClient, ProcessClient, error_from
+from jaxinfer.engine.events import CoreBack, CoreLost
 from jaxinfer.engine.fan_out import random_seed
 from jaxinfer.engine.inputs import InputProcessor, Prompt, ValidatedPrompt
 from jaxinfer.engine.model_source import load_model_tokenizer
 from jaxinfer.engine.output_processor import OutputProcessor
-from jaxinfer.engine.request_state import OnFinished, OnTokens, OutputKind, RequestState
+from jaxinfer.engine.request_state import OnFinished, OnStep, OnTokens, OutputKind, RequestState
 from jaxinfer.errors import EngineDeadError, JaxInferError, QueueFullError, RequestError
 from jaxinfer.logging import get_logger
 from jaxinfer.tokenizer.tokenizer import Tokenizer
@@ -32,16 +34,33 @@ _LONG_TEXT = 20_000  # characters whose tokenization would hold up the event loo
 
 
 class _Stream:
-    """What a request's consumer waits on."""
+    """What a request's consumer waits on. (An asyncio.Event for one waiter, at a third of the
+    price: there is a wait for every token.)"""
 
     def __init__(self, state: RequestState) -> None:
         self.state = state
         self.error: JaxInferError | None = None
-        self.news = asyncio.Event()
+        self._has_news = False
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        """There is news, or an error."""
+        self._has_news = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def fail(self, error: JaxInferError) -> None:
         self.error = error
-        self.news.set()
+        self.wake()
+
+    async def wait(self) -> None:
+        """Returns when there is news that no earlier call has seen."""
+        if not self._has_news:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+            self._waiter = None
+        self._has_news = False
 
 
 class AsyncEngine:
@@ -68,6 +87,7 @@ class AsyncEngine:
         self.model_name = model_name
         self.stats = EngineStats()
         self.last_step_time_s = time.monotonic()
+        self._busy_since_s = self.last_step_time_s
         self._client = client
         self._outputs = OutputProcessor(
             tokenizer, next_seed=random_seed, on_tokens=on_tokens, on_finished=on_finished
@@ -76,6 +96,8 @@ class AsyncEngine:
         self._streams: dict[int, _Stream] = {}  # by id() of the request's state
         self._reader: asyncio.Task[None] | None = None
         self._death: JaxInferError | None = None
+        self._outage: EngineDeadError | None = None  # the core is being restarted
+        self._died = asyncio.Event()
 
     @classmethod
     def from_model(
@@ -100,21 +122,41 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         """Requests will be served: everything is compiled."""
-        return self._inputs is not None and self.is_alive
+        return self._inputs is not None and self._outage is None and self.is_alive
 
     @property
     def is_alive(self) -> bool:
+        """It serves, or will again after an outage."""
         return self._death is None and self._client.is_alive
+
+    @property
+    def outage(self) -> str | None:
+        """Why nothing is served for now: the core was lost and another one is being started."""
+        return None if self._outage is None else str(self._outage)
+
+    @property
+    def silent_s(self) -> float:
+        """How long requests have been open without a step that ended; 0 when none are."""
+        if not self.num_inflight:
+            return 0.0
+        return time.monotonic() - max(self._busy_since_s, self.last_step_time_s)
 
     @property
     def num_inflight(self) -> int:
         """Requests that have not ended."""
         return self._outputs.num_open
 
-    def observe(self, *, on_tokens: OnTokens | None, on_finished: OnFinished | None) -> None:
-        """Replaces the two callbacks."""
+    def observe(
+        self,
+        *,
+        on_tokens: OnTokens | None,
+        on_finished: OnFinished | None,
+        on_step: OnStep | None = None,
+    ) -> None:
+        """Replaces the callbacks."""
         self._outputs.on_tokens = on_tokens
         self._outputs.on_finished = on_finished
+        self._outputs.on_step = on_step
 
     async def start(self) -> EngineInfo:
         """Returns when the engine serves; raises what kept it from starting."""
@@ -131,6 +173,12 @@ class AsyncEngine:
         if self._reader is not None:
             await self._reader
 
+    async def wait_dead(self) -> JaxInferError:
+        """Returns, with the reason, when the engine will never serve again."""
+        await self._died.wait()
+        assert self._death is not None
+        return self._death
+
     async def validate(
         self,
         prompt: Prompt,
@@ -144,8 +192,9 @@ class AsyncEngine:
 
         The result may be passed to `generate` in place of the prompt. See `InputProcessor`.
         """
-        if self._inputs is None or self._death is not None:
-            raise self._death or EngineDeadError("The engine has not started.")
+        self._check_serving()
+        if self._inputs is None:
+            raise EngineDeadError("The engine has not started.")
         text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
         options = {
             "add_special_tokens": add_special_tokens,
@@ -174,9 +223,10 @@ class AsyncEngine:
         """
         if not isinstance(prompt, ValidatedPrompt):
             prompt = await self.validate(prompt, params or SamplingParams())
-        if self._death is not None:
-            raise self._death
+        self._check_serving()
         check_priority(priority, self.info)
+        if not self.num_inflight:
+            self._busy_since_s = time.monotonic()
         new = self._outputs.add(
             request_id,
             prompt,
@@ -190,8 +240,7 @@ class AsyncEngine:
             for message in new.messages:
                 await self._client.add(message)
             while True:
-                await stream.news.wait()
-                stream.news.clear()
+                await stream.wait()
                 if stream.error is not None:
                     raise stream.error
                 output = new.state.take()
@@ -227,6 +276,10 @@ class AsyncEngine:
                         await self._take_rejection(message)
                     case Failed():
                         self._die(error_from(message))
+                    case CoreLost():
+                        self._lose(message)
+                    case CoreBack():
+                        self._regain(message)
                     case _:
                         logger.warning("unexpected %s from the core", type(message).__name__)
         except Exception as error:  # noqa: BLE001 - the task's boundary: a bug must not hang users
@@ -262,15 +315,36 @@ class AsyncEngine:
     def _wake(self, state: RequestState) -> None:
         stream = self._streams.get(id(state))
         if stream is not None:
-            stream.news.set()
+            stream.wake()
+
+    def _check_serving(self) -> None:
+        problem = self._death or self._outage
+        if problem is not None:
+            # (A copy: an exception keeps the frames of everyone who ever raised it.)
+            raise copy.copy(problem)
+
+    def _lose(self, lost: CoreLost) -> None:
+        self.stats = lost.stats
+        self._outage = EngineDeadError(lost.reason)
+        self._fail_open(self._outage)
+
+    def _regain(self, back: CoreBack) -> None:
+        self.stats = back.stats
+        self.last_step_time_s = time.monotonic()
+        self._inputs = InputProcessor(self.tokenizer, back.info)
+        self._outage = None
 
     def _die(self, error: JaxInferError) -> None:
         """Fails all that is open, once; what comes later meets the same error."""
         if self._death is not None:
             return
         self._death = error
+        self._died.set()
+        self._fail_open(error)
+
+    def _fail_open(self, error: JaxInferError) -> None:
         for state in list(self._outputs.open_requests()):
             self._outputs.forget(state)
         for stream in self._streams.values():
             if not stream.state.is_finished:
-                stream.fail(error)
+                stream.fail(copy.copy(error))

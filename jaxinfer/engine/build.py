@@ -13,7 +13,8 @@ from jaxinfer.core.messages import CoreMessage, EngineInfo
 from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.core.sampling_params import MAX_LOGPROBS
 from jaxinfer.engine.core import EngineCore, Runner
-from jaxinfer.scheduler.scheduler import Scheduler, SchedulerLimits
+from jaxinfer.scheduler.limits import SchedulerLimits
+from jaxinfer.scheduler.scheduler import Scheduler
 
 DEFAULT_RUNNER_FACTORY = "jaxinfer.runner.build:build_runner"
 

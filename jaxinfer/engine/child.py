@@ -3,6 +3,7 @@
 Knows processes and pipes only.
 """
 
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,9 @@ from contextlib import suppress
 from typing import BinaryIO
 
 _NUM_KEPT_LINES = 20
+
+STACKS_SIGNAL = signal.SIGUSR1
+"""Makes a child that registered it with `faulthandler` write all its stacks to its log."""
 
 
 class ChildProcess:
@@ -52,6 +56,15 @@ class ChildProcess:
     def last_lines(self) -> list[str]:
         """The end of its output, for the message that says why it died."""
         return list(self._last_lines)
+
+    def dump_stacks(self) -> None:
+        """Asks for the stacks of all threads; works while the child is stuck in C.
+
+        A child that was stopped (SIGSTOP, a debugger) is let go on: it could not answer, nor be
+        terminated.
+        """
+        self._process.send_signal(STACKS_SIGNAL)
+        self._process.send_signal(signal.SIGCONT)
 
     def terminate(self) -> None:
         self._process.terminate()

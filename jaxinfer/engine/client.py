@@ -32,6 +32,7 @@ from jaxinfer.core.messages import (
 from jaxinfer.core.progress import ProgressCallback, ignore_progress
 from jaxinfer.engine.build import DEFAULT_RUNNER_FACTORY
 from jaxinfer.engine.child import ChildProcess
+from jaxinfer.engine.events import SupervisionEvent
 from jaxinfer.engine.process import Bootstrap, child_command, write_bootstrap
 from jaxinfer.engine.transport import ClientEndpoint
 from jaxinfer.errors import EngineDeadError, JaxInferError
@@ -43,6 +44,7 @@ _CORE_INDEX = 0
 _DRAIN_S = 0.05  # what a core said with its last breath may still be in the socket
 _SHUTDOWN_S = 10.0
 _TERMINATE_S = 3.0
+_STACKS_S = 0.5  # for the stacks of a stalled core to get into the log
 
 
 class EngineClient(Protocol):
@@ -68,7 +70,7 @@ class EngineClient(Protocol):
 
     async def reset_prefix_cache(self) -> None: ...
 
-    def messages(self) -> AsyncIterator[CoreMessage]:
+    def messages(self) -> AsyncIterator[CoreMessage | SupervisionEvent]:
         """What the core sends after Ready, for one reader; ends with Failed, or at `close`."""
         ...
 
@@ -100,6 +102,7 @@ class ProcessClient:
         self._info: EngineInfo | None = None
         self._failure: Failed | None = None
         self._closing = False
+        self._is_stalled = False
         self._received: deque[CoreMessage] = deque()
         self._news = asyncio.Event()  # something was received, or the end has come
         self._exited = asyncio.Event()
@@ -160,6 +163,17 @@ class ProcessClient:
                 return
             self._news.clear()
             await self._news.wait()
+
+    def give_up(self, reason: str) -> None:
+        """Takes a core that answers no more for dead: `messages` ends with Failed.
+
+        `close` then writes the core's stacks to the log before it ends the core by force.
+        """
+        if self.is_alive:
+            self._is_stalled = True
+            self._failure = Failed(kind=EngineDeadError.__name__, message=reason)
+            self._received.append(self._failure)
+            self._news.set()
 
     async def close(self) -> None:
         if self._closing:
@@ -260,18 +274,23 @@ class ProcessClient:
             logger.error("the engine core ended %s", how)
             # (The log has the output too, but whoever embeds the engine sees the exception.)
             tail = "\n".join(self._child.last_lines)
-            message = f"The engine core ended {how}. Its last output:\n{tail}"
+            message = f"The engine core ended {how}.\nIts last output:\n{tail}"
             self._failure = Failed(kind=EngineDeadError.__name__, message=message)
             self._received.append(self._failure)
         self._news.set()
 
     def _death(self) -> JaxInferError:
         if self._failure is None:
-            return EngineDeadError("The engine is stopped.")
+            is_over = self._closing or not self._exited.is_set()
+            what = "is stopped" if is_over else "core has ended"
+            return EngineDeadError(f"The engine {what}.")
         return error_from(self._failure)
 
     async def _end_child(self, child: ChildProcess) -> None:
         """Asks, then terminates, then kills."""
+        if self._is_stalled and not self._exited.is_set():
+            child.dump_stacks()
+            await self._exits_within(_STACKS_S)
         if self._info is not None and self._failure is None:
             with suppress(EngineDeadError):
                 self._send(Shutdown())

@@ -30,6 +30,7 @@ from jaxinfer.core.messages import (
 from jaxinfer.core.request import FinishReason
 from jaxinfer.core.step import ScheduledStep, StepOutput
 from jaxinfer.engine.admission import make_request
+from jaxinfer.engine.recovery import Recovery, StepFailedError
 from jaxinfer.engine.transport import Incoming
 from jaxinfer.errors import QueueFullError, RequestError
 from jaxinfer.scheduler.scheduler import Scheduler
@@ -61,6 +62,10 @@ class Runner(Protocol):
 
     def dispatch(self, step: ScheduledStep) -> PendingStep:
         """Puts a step on the device; returns at once."""
+        ...
+
+    def reset(self) -> None:
+        """Forgets all sequences and steps; after a step that failed it works again."""
         ...
 
     def close(self) -> None: ...
@@ -95,6 +100,7 @@ class EngineCore:
         self._max_in_flight = 2 if async_scheduling else 1
         self._in_flight: deque[InFlight] = deque()
         self._client_of: dict[str, int] = {}  # open requests
+        self._recovery = Recovery(scheduler, runner.reset)
 
     @property
     def has_work(self) -> bool:
@@ -103,8 +109,7 @@ class EngineCore:
     def serve(self, inbox: "queue.SimpleQueue[Incoming]") -> None:
         """Runs until a Shutdown message; sleeps while there is nothing to do.
 
-        Any exception out of the scheduler or the runner leaves through here: the state of the
-        device is unknown then, so the core must end.
+        What leaves through here ends the core: an exception that recovery.py had no answer to.
         """
         while self._drain(inbox):
             self.step()
@@ -127,14 +132,41 @@ class EngineCore:
         The device always has the next step queued while the host deals with the last one. With
         `async_scheduling` off, the result is read before anything else is scheduled.
         """
-        step = self._scheduler.schedule()
+        try:
+            self._turn()
+        except StepFailedError as failure:
+            self._in_flight.clear()
+            blamed = self._recovery.failed(failure)
+            self._emit([] if blamed is None else [blamed])
+
+    def _turn(self) -> None:
+        depth = self._max_in_flight
+        if self._recovery.is_isolating:
+            self._recovery.prepare()
+            depth = 1
+        step = self._schedule()
         if step is not None:
-            self._in_flight.append(InFlight(step, self._runner.dispatch(step)))
-        if self._in_flight and (step is None or len(self._in_flight) == self._max_in_flight):
+            self._dispatch(step)
+        if self._in_flight and (step is None or len(self._in_flight) >= depth):
             self._finish_oldest()
         elif step is None and self._scheduler.has_unfinished:
             # Going on would spin for ever with requests that nobody will ever serve.
             raise RuntimeError("the scheduler holds requests that it cannot run")
+
+    def _schedule(self) -> ScheduledStep | None:
+        try:
+            return self._scheduler.schedule()
+        except Exception as error:
+            raise StepFailedError([]) from error
+
+    def _dispatch(self, step: ScheduledStep) -> None:
+        try:
+            pending = self._runner.dispatch(step)
+        except Exception as error:
+            # The one before may be to blame: its outputs are this one's inputs.
+            before = [in_flight.step for in_flight in self._in_flight]
+            raise StepFailedError([*before, step]) from error
+        self._in_flight.append(InFlight(step, pending))
 
     def _drain(self, inbox: "queue.SimpleQueue[Incoming]") -> bool:
         """Handles what has come, waiting only while idle; False when it is time to end."""
@@ -188,10 +220,15 @@ class EngineCore:
 
     def _finish_oldest(self) -> None:
         step, pending = self._in_flight.popleft()
-        updates = self._scheduler.update(step, pending.result())
-        self._emit(updates)
+        try:
+            output = pending.result()
+        except Exception as error:
+            raise StepFailedError([step]) from error
+        updates = self._scheduler.update(step, output)
+        self._recovery.succeeded(step)
+        self._emit(updates, num_tokens=step.num_tokens)
 
-    def _emit(self, updates: list[SequenceUpdate]) -> None:
+    def _emit(self, updates: list[SequenceUpdate], *, num_tokens: int = 0) -> None:
         """Sends each client its part; an empty one still carries the figures and a sign of life."""
         stats = self._stats()
         parts: list[list[SequenceUpdate]] = [[] for _ in range(self._num_clients)]
@@ -202,10 +239,12 @@ class EngineCore:
                 client_index = self._client_of.pop(update.request_id)
             parts[client_index].append(update)
         for client_index, part in enumerate(parts):
-            self._send(client_index, StepUpdate(sequences=part, stats=stats))
+            message = StepUpdate(sequences=part, stats=stats, num_tokens=num_tokens)
+            self._send(client_index, message)
 
     def _stats(self) -> EngineStats:
         return msgspec.structs.replace(
             self._scheduler.stats(),
             num_compiles_after_ready=self._runner.num_compiles_after_ready,
+            num_failed_steps_total=self._recovery.num_failures,
         )

@@ -4,25 +4,17 @@ Imports no JAX. Knows configuration, hub and tokenizer; nothing of engines.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxinfer.config.schema import EngineConfig, ModelConfig
 from jaxinfer.core.progress import ProgressCallback
-from jaxinfer.core.sampling_params import SamplingParams
+from jaxinfer.core.sampling_params import SamplingParams, model_defaults
 from jaxinfer.errors import ConfigError, RequestError
 from jaxinfer.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from jaxinfer.weights.hub import locate_model, locate_tokenizer
-
-_SAMPLING_KEYS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "max_new_tokens",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +30,18 @@ def load_model_tokenizer(config: EngineConfig, on_progress: ProgressCallback) ->
     model = config.model
     location = locate_model(model, on_progress)
     path = locate_tokenizer(model, on_progress) or location.path
-    return LoadedModel(
-        tokenizer=load_tokenizer(path, chat_template=model.chat_template),
-        name=location.name,
-    )
+    tokenizer = load_tokenizer(path, chat_template=model.chat_template)
+    _use_once(tokenizer)
+    return LoadedModel(tokenizer=tokenizer, name=location.name)
+
+
+def _use_once(tokenizer: Tokenizer) -> None:
+    """What a first use prepares (mostly the chat template, 10 ms) no request shall wait for."""
+    text = "Hello"
+    if tokenizer.has_chat_template:
+        with suppress(RequestError):  # a template may want other messages
+            text = tokenizer.render_chat([{"role": "user", "content": text}])
+    tokenizer.decode(tokenizer.encode(text))
 
 
 def sampling_defaults(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def _read_defaults(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
             f"--generation-config={model.generation_config}: cannot read {path}: {error}. Give "
             "auto, vllm or a directory that holds a generation_config.json."
         ) from error
-    return {key: fields[key] for key in _SAMPLING_KEYS if fields.get(key) is not None}
+    return model_defaults(fields)
 
 
 def default_sampling_params(tokenizer: Tokenizer, model: ModelConfig) -> SamplingParams:

@@ -12,6 +12,7 @@ from jaxinfer.engine.fan_out import RequestIds, SeedSource, fan_out
 from jaxinfer.engine.inputs import ValidatedPrompt
 from jaxinfer.engine.request_state import (
     OnFinished,
+    OnStep,
     OnTokens,
     OutputKind,
     RequestState,
@@ -50,6 +51,7 @@ class OutputProcessor:
     ) -> None:
         self.on_tokens = on_tokens
         self.on_finished = on_finished
+        self.on_step: OnStep | None = None
         self._tokenizer = tokenizer
         self._next_seed = next_seed
         self._ids = RequestIds()
@@ -111,6 +113,8 @@ class OutputProcessor:
 
     def process(self, update: StepUpdate) -> Processed:
         """Takes in one step's news. Those of requests that are gone are ignored."""
+        if self.on_step is not None and update.num_tokens:
+            self.on_step(update.num_tokens)
         now_s = time.monotonic()
         changed: dict[int, RequestState] = {}
         aborts: list[str] = []
@@ -119,12 +123,13 @@ class OutputProcessor:
             if entry is None:
                 continue
             state, index = entry
-            is_first = not state.sequences[index].num_tokens
+            sequence = state.sequences[index]
+            is_first = not sequence.num_tokens
             if state.add(index, news, now_s):
                 aborts.append(news.request_id)
             if news.new_token_ids:
                 self._report_tokens(state, index, len(news.new_token_ids), now_s, is_first=is_first)
-            if state.sequences[index].is_finished:
+            if sequence.finish_reason is not None:
                 del self._sequences[news.request_id]
                 if state.is_finished:
                     self._close(state)

@@ -6,6 +6,7 @@ the child has greeted its clients, so a client learns at once that the process l
 """
 
 import ctypes
+import faulthandler
 import gc
 import os
 import signal
@@ -21,6 +22,7 @@ from jaxinfer.config.schema import EngineConfig
 from jaxinfer.core.messages import WIRE_VERSION, Failed, Hello, Progress, Ready
 from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.engine.build import build_core
+from jaxinfer.engine.child import STACKS_SIGNAL
 from jaxinfer.engine.transport import ClientAddress, CoreEndpoint
 from jaxinfer.errors import CapacityError, UserError
 from jaxinfer.logging import configure_logging, get_logger
@@ -88,6 +90,9 @@ def main() -> int:
     # Ctrl-C is for the parent, which ends the core in order. SIGTERM keeps its default, sudden
     # end: there is nothing to save, and it must work in the middle of a long compilation.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # In C and without Python's lock, so a thread that hangs in the runtime shows where.
+    faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
     endpoint = CoreEndpoint(bootstrap.clients, core_index=bootstrap.core_index)
     endpoint.start(Hello(wire_version=WIRE_VERSION, pid=os.getpid()))
     progress = _progress_sender(endpoint)

@@ -1,10 +1,12 @@
-"""Shows how far a start-up or a batch is: bars on a terminal, nothing elsewhere.
+"""Shows how far a start-up or a batch is: bars on a terminal, elsewhere a line a phase, if asked.
 
-(Elsewhere the log has a line when a phase begins and one when it ends; whoever does the work
-writes them.) Writes to stderr, so that answers on stdout stay clean. Knows nothing of engines.
+(Elsewhere the log has a line when a phase begins and one when it ends, which whoever does the work
+writes; the lines are for commands whose log is quiet.) Writes to stderr,
+so that answers on stdout stay clean. Knows nothing of engines.
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
@@ -27,8 +29,13 @@ def _bars(stream: TextIO | None = None) -> Progress:
 
 
 @contextmanager
-def start_progress(stream: TextIO | None = None) -> Iterator[ProgressCallback]:
-    """One bar per phase of a start-up, on `stream` (default: stderr)."""
+def start_progress(
+    stream: TextIO | None = None, *, with_lines: bool = False
+) -> Iterator[ProgressCallback]:
+    """One bar per phase of a start-up, on `stream` (default: stderr).
+
+    If that is no terminal: nothing, or `with_lines` a line when a phase begins, and one at the end.
+    """
     bars = _bars(stream)
     tasks = {}
 
@@ -43,10 +50,31 @@ def start_progress(stream: TextIO | None = None) -> Iterator[ProgressCallback]:
         )
 
     if not bars.console.is_terminal:
-        yield ignore_progress
+        if not with_lines:
+            yield ignore_progress
+            return
+        lines = _Lines(stream or sys.stderr)
+        yield lines
+        lines("ready", 0, 0)
         return
     with bars:
         yield report
+
+
+class _Lines:
+    """A ProgressCallback that writes each phase once, with the seconds since the start."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._phase = ""
+        self._began_s = time.monotonic()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        del done, total
+        if phase != self._phase:
+            self._phase = phase
+            elapsed_s = time.monotonic() - self._began_s
+            print(f"jaxinfer: {elapsed_s:5.1f} s: {phase}", file=self._stream, flush=True)
 
 
 @contextmanager

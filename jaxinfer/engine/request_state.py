@@ -5,7 +5,9 @@ Must not know other requests, event loops, sockets or HTTP.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import msgspec
 
 from jaxinfer.core.messages import SequenceUpdate
 from jaxinfer.core.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -20,8 +22,8 @@ logger = get_logger(__name__)
 OutputKind = Literal["delta", "cumulative", "final"]
 
 
-class TokensEvent(NamedTuple):
-    """One sequence of a request has new tokens. (A tuple: it is made for every token.)"""
+class TokensEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence of a request has new tokens. (A Struct: it is made for every token.)"""
 
     request_id: str
     num_tokens: int
@@ -45,6 +47,8 @@ class FinishedEvent:
 
 OnTokens = Callable[[TokensEvent], None]
 OnFinished = Callable[[FinishedEvent], None]
+OnStep = Callable[[int], None]
+"""A step of the core has ended; it computed this many tokens."""
 
 
 class RequestState:
@@ -71,6 +75,7 @@ class RequestState:
             SequenceOutput(index, prompt.prompt_token_ids, prompt.params, tokenizer)
             for index in range(len(sequence_ids))
         ]
+        self._num_unfinished = len(sequence_ids)
         self._tokenizer = tokenizer if prompt.params.detokenize else None
         self._last_token_time_s = [arrival_time_s] * len(sequence_ids)
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
@@ -79,7 +84,7 @@ class RequestState:
 
     @property
     def is_finished(self) -> bool:
-        return all(sequence.is_finished for sequence in self.sequences)
+        return self._num_unfinished == 0
 
     @property
     def open_sequence_ids(self) -> list[str]:
@@ -90,7 +95,8 @@ class RequestState:
         ]
 
     def add(self, index: int, update: SequenceUpdate, now_s: float) -> bool:
-        """Takes news of sequence `index`; True when the core must be told to stop it."""
+        """Takes news of sequence `index`, which has not finished; True when the core must be told
+        to stop it."""
         if update.num_cached_tokens and not self.num_cached_tokens:
             self.num_cached_tokens = update.num_cached_tokens
         if update.queue_time_s is not None and self.metrics.queue_time_s is None:
@@ -105,8 +111,10 @@ class RequestState:
             logger.error("request %s ended with an error: %s", self.request_id, update.error)
         sequence = self.sequences[index]
         stop_core = sequence.add(update)
-        if sequence.is_finished and self.is_finished:
-            self.metrics.finished_time_s = now_s
+        if sequence.finish_reason is not None:
+            self._num_unfinished -= 1
+            if self._num_unfinished == 0:
+                self.metrics.finished_time_s = now_s
         return stop_core
 
     def token_latency_s(self, index: int, now_s: float) -> float:
@@ -119,18 +127,19 @@ class RequestState:
         for sequence in self.sequences:
             if not sequence.is_finished:
                 sequence.abort()
+        self._num_unfinished = 0
         self.metrics.finished_time_s = now_s
 
     def take(self) -> RequestOutput | None:
         """What the consumer has not seen yet, shaped by the output kind; None for nothing new."""
         if self.output_kind == "final" and not self.is_finished:
             return None
-        if not any(sequence.has_news for sequence in self.sequences):
+        fresh = [sequence for sequence in self.sequences if sequence.has_news]
+        if not fresh:
             return None
         if self.output_kind != "delta":
             return self._make_output([sequence.snapshot() for sequence in self.sequences])
-        news = [sequence.take_delta() for sequence in self.sequences if sequence.has_news]
-        output = self._make_output(news)
+        output = self._make_output([sequence.take_delta() for sequence in fresh])
         self._prompt_logprobs = None  # complete before the first token: handed out once
         return output
 

@@ -38,6 +38,7 @@ class SequenceOutput:
         self.num_tokens = 0
         self.finish_reason: str | None = None
         self._stop_reason: int | str | None = None
+        self._error: str | None = None
         self._params = params
         self._tokenizer = tokenizer if params.detokenize else None
         self._detokenizer: IncrementalDetokenizer | None = None
@@ -58,6 +59,8 @@ class SequenceOutput:
         self._logprobs: list[dict[int, Logprob]] = []
         self._cumulative_logprob = 0.0
         self.has_news = False
+        # Text that goes straight from the detokenizer to the user.
+        self._is_plain = self._stop is None and params.logprobs is None
 
     @property
     def is_finished(self) -> bool:
@@ -65,6 +68,9 @@ class SequenceOutput:
 
     def add(self, update: SequenceUpdate) -> bool:
         """Takes the core's news; True when a stop string ended the sequence before the core did."""
+        if self._is_plain and update.finish_reason is None:  # as nearly always
+            self._add_plain(update.new_token_ids)
+            return False
         num_before = self.num_tokens
         matched = self._add_tokens(update)
         self._add_logprobs(update, self.num_tokens - num_before)
@@ -73,6 +79,7 @@ class SequenceOutput:
             return update.finish_reason is None
         if update.finish_reason is not None:
             self._flush()
+            self._error = update.error
             # A stop string that was held back for the end may still be found in it.
             if self.finish_reason is None:
                 self._finish(str(update.finish_reason), update.stop_reason)
@@ -108,7 +115,21 @@ class SequenceOutput:
             cumulative_logprob=self._cumulative_logprob if has_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
+            error=self._error,
         )
+
+    def _add_plain(self, token_ids: list[int]) -> None:
+        """What `_add_tokens` does where nothing can end the text."""
+        if not token_ids:
+            return
+        self.has_news = True
+        self._token_ids += token_ids
+        self.num_tokens += len(token_ids)
+        if self._detokenizer is not None:
+            for token_id in token_ids:
+                text = self._detokenizer.push(token_id)
+                if text:
+                    self._text.append(text)
 
     def _add_tokens(self, update: SequenceUpdate) -> str | None:
         """Tokens up to the one that completes a stop string, which is returned."""
@@ -122,7 +143,7 @@ class SequenceOutput:
             self.num_tokens += 1
             if self._detokenizer is None or position >= num_visible:
                 continue
-            matched = self._emit(self._detokenizer.append([token_id]))
+            matched = self._emit(self._detokenizer.push(token_id))
             if matched is not None:
                 return matched
         return None

@@ -5,6 +5,7 @@ Only full pages are shared, and a sequence always computes at least its last tok
 never writes into a page that someone else may read.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ class SequencePages:
     # sequence finds its own pages again without hashing anew.
     digests: list[bytes] = field(default_factory=list)
     num_published: int = 0  # leading pages that were found in, or offered to, the index
+    num_promised: int = 0  # leading pages that are published or will be
     generation: int = 0  # of the cache content that `pages` belong to
 
 
@@ -69,7 +71,23 @@ class KVCacheManager:
         seq.pages = hits + self._take(num_new)
         seq.num_published = len(hits)
         seq.generation = self._generation
+        if self.enable_prefix_caching:
+            self._promise(seq, num_tokens // self.page_size)
         return len(hits) * self.page_size
+
+    def num_tokens_promised(self, seq: SequencePages, max_hit_tokens: int) -> int:
+        """How many more tokens a sequence without pages could share if it were admitted later:
+        those behind its present hits that admitted sequences are computing."""
+        if not self._index.has_promises:
+            return 0
+        num_hits = len(self._match(seq, max_hit_tokens))
+        end = max_hit_tokens // self.page_size
+        for index in range(num_hits, end):
+            self._hash_pages(seq, index + 1)
+            if not self._index.is_promised(seq.digests[index]):
+                end = index
+                break
+        return (end - num_hits) * self.page_size
 
     def grow(self, seq: SequencePages, num_tokens: int) -> Sequence[int] | None:
         """Makes room for `num_tokens` tokens in all. Returns the pages that were added, or None
@@ -93,15 +111,19 @@ class KVCacheManager:
             self._hash_pages(seq, num_full)
             for index in range(seq.num_published, num_full):
                 self._index.publish(seq.digests[index], seq.pages[index])
+                if index < seq.num_promised:
+                    self._index.settle(seq.digests[index])
         seq.num_published = num_full
 
     def release(self, seq: SequencePages) -> None:
         """Takes all pages back. Published ones stay findable until they are handed out again,
         later ones of the sequence first: a prefix is worth more than what follows it."""
+        for digest in self._open_promises(seq):
+            self._index.settle(digest)
         for page in reversed(seq.pages):
             self._pool.release(page, keep_content=self._index.holds(page))
         seq.pages = []
-        seq.num_published = 0
+        seq.num_published = seq.num_promised = 0
 
     def discard(self, seq: SequencePages) -> None:
         """Takes all pages back and makes sure that nobody finds their content (it is broken)."""
@@ -117,13 +139,15 @@ class KVCacheManager:
     def check_integrity(self, holders: Iterable[SequencePages]) -> None:
         """Asserts that every page is free or held, as often as `holders` (all of them) say."""
         ref_counts = [0] * self._pool.num_pages
+        promises: Counter[bytes] = Counter()
         for seq in holders:
+            promises.update(self._open_promises(seq))
             assert seq.num_published <= len(seq.pages), "more pages published than held"
             assert len(set(seq.pages)) == len(seq.pages), "a sequence holds a page twice"
             for page in seq.pages:
                 ref_counts[page] += 1
         self._pool.check_integrity(ref_counts)
-        self._index.check_integrity()
+        self._index.check_integrity(promises)
 
     def _match(self, seq: SequencePages, max_tokens: int) -> list[int]:
         """The longest run of cached pages from the start of the sequence."""
@@ -138,6 +162,19 @@ class KVCacheManager:
                 break
             hits.append(page)
         return hits
+
+    def _promise(self, seq: SequencePages, num_pages: int) -> None:
+        """The sequence will publish its leading pages."""
+        self._hash_pages(seq, num_pages)
+        seq.num_promised = num_pages
+        for digest in self._open_promises(seq):
+            self._index.promise(digest)
+
+    def _open_promises(self, seq: SequencePages) -> Sequence[bytes]:
+        """What the sequence has promised and not published."""
+        if seq.generation != self._generation:  # it publishes nothing any more
+            return ()
+        return seq.digests[seq.num_published : seq.num_promised]
 
     def _hash_pages(self, seq: SequencePages, num_pages: int) -> None:
         for index in range(len(seq.digests), num_pages):

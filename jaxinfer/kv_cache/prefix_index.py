@@ -9,6 +9,7 @@ answer one user from another's prompt.
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 
 _DOMAIN = b"jaxinfer/kv-page/1"
@@ -26,11 +27,15 @@ def page_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class PrefixIndex:
-    """A one-to-one map between digests and the pages that hold their content."""
+    """A one-to-one map between digests and the pages that hold their content.
+
+    Digests may also be *promised*: somebody is computing their content and will publish it.
+    """
 
     def __init__(self) -> None:
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
+        self._promised: Counter[bytes] = Counter()  # how many compute it; never 0
 
     def find(self, digest: bytes) -> int | None:
         return self._page_of.get(digest)
@@ -52,10 +57,28 @@ class PrefixIndex:
         if digest is not None:
             del self._page_of[digest]
 
+    @property
+    def has_promises(self) -> bool:
+        return bool(self._promised)
+
+    def promise(self, digest: bytes) -> None:
+        self._promised[digest] += 1
+
+    def is_promised(self, digest: bytes) -> bool:
+        return digest in self._promised
+
+    def settle(self, digest: bytes) -> None:
+        """One promise is kept, or never will be."""
+        self._promised[digest] -= 1
+        if not self._promised[digest]:
+            del self._promised[digest]
+
     def clear(self) -> None:
         self._page_of.clear()
         self._digest_of.clear()
+        self._promised.clear()
 
-    def check_integrity(self) -> None:
+    def check_integrity(self, expected_promises: Counter[bytes]) -> None:
+        assert self._promised == expected_promises, "promises without a promiser, or without end"
         inverse = {page: digest for digest, page in self._page_of.items()}
         assert inverse == self._digest_of, "the two directions of the prefix index differ"

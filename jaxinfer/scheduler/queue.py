@@ -6,6 +6,7 @@ head of its equals by itself.
 """
 
 import heapq
+from collections.abc import Iterator
 from typing import Generic, Literal, NamedTuple, TypeVar
 
 SchedulingPolicy = Literal["fcfs", "priority"]
@@ -32,6 +33,10 @@ class WaitingQueue(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def __iter__(self) -> Iterator[T]:
+        """In no order."""
+        return iter(self._items.values())
 
     def push(self, rank: Rank, item: T) -> None:
         assert rank not in self._items, f"{rank} waits already"

@@ -13,6 +13,12 @@ def finish(request: Request, stop: Stop) -> None:
     request.stop_reason = stop.token_id
 
 
+def fail_request(state: SequenceState, error: str) -> SequenceUpdate:
+    """Ends a request that no step will end; returns the news."""
+    finish(state.request, Stop(FinishReason.ERROR))
+    return _make_update(state, [], error=error)
+
+
 def apply_result(
     state: SequenceState, seq: ScheduledSeq, result: SeqOutput
 ) -> SequenceUpdate | None:
@@ -29,8 +35,15 @@ def apply_result(
     new_token_ids: list[int] = []
     if seq.samples:
         new_token_ids = _accept_token(state, result)
-    if not new_token_ids and prompt_logprobs is None and request.finish_reason is None:
-        return None
+    if prompt_logprobs is None and request.finish_reason is None:
+        if not new_token_ids:
+            return None
+        if state.was_reported and not result.logprobs:  # as nearly always
+            return SequenceUpdate(
+                request_id=request.request_id,
+                new_token_ids=new_token_ids,
+                num_cached_tokens=request.num_cached_tokens,
+            )
     wants_logprobs = request.sampling.logprobs is not None
     return _make_update(
         state,
@@ -74,9 +87,8 @@ def _make_update(
 ) -> SequenceUpdate:
     request = state.request
     queue_time_s = None
-    if not state.was_reported:
+    if not state.was_reported and request.first_scheduled_time_s is not None:
         state.was_reported = True
-        assert request.first_scheduled_time_s is not None
         queue_time_s = max(0.0, request.first_scheduled_time_s - request.arrival_time_s)
     return SequenceUpdate(
         request_id=request.request_id,
@@ -85,7 +97,7 @@ def _make_update(
         prompt_logprobs=prompt_logprobs,
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
-        num_cached_tokens=request.num_cached_tokens,
+        num_cached_tokens=max(0, request.num_cached_tokens),
         queue_time_s=queue_time_s,
         error=error,
     )

@@ -11,6 +11,9 @@ sequence of the last rank is preempted: its pages are freed, it waits at its old
 (the part that is still in the prefix cache comes for free). Only sequences that rank behind the one
 in need are preempted; the last one itself just waits.
 
+Equal prompts. A newcomer that could share many tokens which a running sequence is just computing
+waits until they are published: siblings of n > 1 do not compute their prompt n times.
+
 Asynchrony. `schedule` may be called for step N+1 before `update` for step N. A sequence that
 samples in N then has one pending token, known to the device only, and is continued from it. What
 ends in N by a stop token has a useless share of N+1, whose result is dropped. Its pages may be
@@ -20,18 +23,17 @@ their tokens are known and computed.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
 
-from jaxinfer.core.limits import EngineLimits, check_at_least
 from jaxinfer.core.messages import EngineStats, SequenceUpdate
 from jaxinfer.core.request import FinishReason, Request, RequestStatus
 from jaxinfer.core.step import Admission, ScheduledStep, StepOutput
-from jaxinfer.errors import ConfigError, QueueFullError, RequestError
+from jaxinfer.errors import QueueFullError, RequestError
 from jaxinfer.kv_cache.layout import num_pages_for
 from jaxinfer.kv_cache.manager import KVCacheManager
-from jaxinfer.scheduler.queue import SchedulingPolicy, WaitingQueue, make_rank
-from jaxinfer.scheduler.results import apply_result, finish
+from jaxinfer.scheduler.limits import SchedulerLimits
+from jaxinfer.scheduler.queue import WaitingQueue, make_rank
+from jaxinfer.scheduler.results import apply_result, fail_request, finish
 from jaxinfer.scheduler.sequence import RunningSet, SequenceState, make_state
 from jaxinfer.scheduler.step_builder import InFlightStep, StepBuilder
 from jaxinfer.scheduler.stop import Stop
@@ -39,21 +41,12 @@ from jaxinfer.scheduler.stop import Stop
 MAX_STEPS_IN_FLIGHT = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class SchedulerLimits(EngineLimits):
-    """The engine's limits and what the user chose about scheduling."""
-
-    policy: SchedulingPolicy = "fcfs"
-    max_num_queued: int = 4096
-    long_prefill_token_threshold: int = 0  # most tokens of one sequence in a step; 0: no limit
-    enable_prefix_caching: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("max-num-queued-reqs", self.max_num_queued, 1)
-        check_at_least("long-prefill-token-threshold", self.long_prefill_token_threshold, 0)
-        if self.policy not in ("fcfs", "priority"):
-            raise ConfigError(f"--scheduling-policy must be fcfs or priority, got {self.policy!r}.")
+def _make_kv(limits: SchedulerLimits) -> KVCacheManager:
+    return KVCacheManager(
+        num_pages=limits.num_pages,
+        page_size=limits.page_size,
+        enable_prefix_caching=limits.enable_prefix_caching,
+    )
 
 
 class Scheduler:
@@ -64,12 +57,10 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self._clock = clock
-        self._kv = KVCacheManager(
-            num_pages=limits.num_pages,
-            page_size=limits.page_size,
-            enable_prefix_caching=limits.enable_prefix_caching,
-        )
+        self._kv = _make_kv(limits)
         self._states: dict[str, SequenceState] = {}  # all that are not finished
+        self._held: dict[str, SequenceState] = {}  # those of them that may not run for now
+        self._holds_arrivals = False
         self._waiting: WaitingQueue[SequenceState] = WaitingQueue()
         self._running = RunningSet(limits.max_num_seqs)
         self._in_flight: deque[InFlightStep] = deque()
@@ -86,16 +77,20 @@ class Scheduler:
         """Queues a request. Raises RequestError if it could never run, QueueFullError if the
         queue is at its limit."""
         self._check_can_run(request)
-        if len(self._waiting) >= self.limits.max_num_queued:
+        num_waiting = len(self._waiting) + len(self._held)
+        if num_waiting >= self.limits.max_num_queued:
             raise QueueFullError(
-                f"{len(self._waiting)} requests are waiting, the limit is "
+                f"{num_waiting} requests are waiting, the limit is "
                 f"{self.limits.max_num_queued} (--max-num-queued-reqs); try again later."
             )
         rank = make_rank(self.limits.policy, priority=request.priority, arrival=self._num_arrivals)
         self._num_arrivals += 1
         state = make_state(request, rank)
         self._states[request.request_id] = state
-        self._waiting.push(rank, state)
+        if self._holds_arrivals:
+            self._held[request.request_id] = state
+        else:
+            self._waiting.push(rank, state)
 
     def abort(self, request_ids: Iterable[str]) -> list[Request]:
         """Ends requests wherever they are and frees what they hold; unknown ids are ignored.
@@ -114,6 +109,57 @@ class Scheduler:
         """Whether any request still waits for tokens."""
         return bool(self._states)
 
+    @property
+    def unfinished(self) -> Mapping[str, Request]:
+        """By id, all that still wait for tokens."""
+        return {name: state.request for name, state in self._states.items()}
+
+    # Faults (engine/recovery.py).
+
+    def restart(self) -> None:
+        """The device has lost everything: all requests wait again, to be computed anew.
+
+        Steps in flight are forgotten. What is between requests is made anew too: the step that
+        failed may have been half scheduled.
+        """
+        self._in_flight.clear()
+        self._kv = _make_kv(self.limits)
+        self._running = RunningSet(self.limits.max_num_seqs)
+        self._waiting = WaitingQueue()
+        self._held.clear()
+        for state in self._states.values():
+            state.lose_place()
+            self._waiting.push(state.rank, state)
+
+    def run_only(self, request_ids: Collection[str]) -> None:
+        """Only these may run until `run_all`; newcomers wait aside too. No step is in flight."""
+        assert not self._in_flight, "a step in flight would run others"
+        for state in list(self._running):
+            if state.request.request_id not in request_ids:
+                self._preempt(state)
+        everyone = self._held | {s.request.request_id: s for s in self._waiting}
+        self._held.clear()
+        self._waiting = WaitingQueue()
+        for request_id, state in everyone.items():
+            if request_id in request_ids:
+                self._waiting.push(state.rank, state)
+            else:
+                self._held[request_id] = state
+        self._holds_arrivals = True
+
+    def run_all(self) -> None:
+        """Ends `run_only`."""
+        self._holds_arrivals = False
+        for state in self._held.values():
+            self._waiting.push(state.rank, state)
+        self._held.clear()
+
+    def fail(self, request_id: str, error: str) -> SequenceUpdate:
+        """Ends a request that waits with finish reason "error"; returns its news."""
+        state = self._states[request_id]
+        self._remove(state)
+        return fail_request(state, error)
+
     def reset_prefix_cache(self) -> None:
         """No request will find what was computed before this call."""
         self._kv.reset_prefix_cache()
@@ -122,7 +168,7 @@ class Scheduler:
         """The scheduler's part of the engine's figures."""
         return EngineStats(
             num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_waiting=len(self._waiting) + len(self._held),
             kv_usage=1.0 - self._kv.num_free_pages / self._kv.num_pages,
             num_steps_total=self._num_steps,
             prefix_queries_total=self._num_prefix_queries,
@@ -171,7 +217,8 @@ class Scheduler:
         self._running.check_integrity()
         self._kv.check_integrity(state.pages for state in self._states.values())
         running = set(self._running)
-        assert len(self._running) + len(self._waiting) == len(self._states)
+        num_waiting = len(self._waiting) + len(self._held)
+        assert len(self._running) + num_waiting == len(self._states)
         for request_id, state in self._states.items():
             request = state.request
             assert request.request_id == request_id
@@ -247,11 +294,20 @@ class Scheduler:
         return True
 
     def _schedule_waiting(self, builder: StepBuilder) -> None:
-        while self._waiting and not self._running.is_full and builder.num_tokens_left:
-            state = self._waiting.peek()
+        aside: list[SequenceState] = []
+        while (
+            self._waiting
+            and not self._running.is_full
+            and builder.num_tokens_left
+            and len(aside) < self.limits.max_num_seqs  # (looking at each takes time)
+        ):
+            state = self._waiting.pop()
+            if self._gains_by_waiting(state):
+                aside.append(state)  # for a few steps, so others may overtake it
+                continue
             if not self._admit(state):
-                return  # nobody overtakes the head: it would starve
-            self._waiting.pop()
+                aside.append(state)
+                break  # nobody overtakes it: it would starve
             request = state.request
             admission = Admission(
                 sampling=request.sampling,
@@ -259,6 +315,13 @@ class Scheduler:
                 output_token_ids=tuple(request.output_token_ids),
             )
             self._add_chunk(builder, state, admission=admission)
+        for state in aside:
+            self._waiting.push(state.rank, state)
+
+    def _gains_by_waiting(self, state: SequenceState) -> bool:
+        """Whether others compute much of its prompt just now: equal prompts, siblings of n > 1."""
+        num_tokens = self._kv.num_tokens_promised(state.pages, state.max_hit_tokens)
+        return num_tokens >= self.limits.min_tokens_to_wait_for
 
     def _admit(self, state: SequenceState) -> bool:
         """Gives a waiting sequence pages and a slot, or changes nothing."""
@@ -309,7 +372,7 @@ class Scheduler:
         if it is broken."""
         if state.slot is not None:
             self._running.remove(state)
-        else:
+        elif self._held.pop(state.request.request_id, None) is None:
             self._waiting.remove(state.rank)
         if is_broken:
             self._kv.discard(state.pages)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 
-from jaxinfer.core.request import Request
+from jaxinfer.core.request import Request, RequestStatus
 from jaxinfer.kv_cache.manager import SequencePages
 from jaxinfer.scheduler.queue import Rank
 from jaxinfer.scheduler.stop import StopConditions, stop_conditions
@@ -49,6 +49,15 @@ class SequenceState:
         if wants_logprobs and self.num_prompt_logprobs < request.num_prompt_tokens - 1:
             return self.num_prompt_logprobs
         return request.num_tokens - 1
+
+    def lose_place(self) -> None:
+        """The device has lost it: no slot, no pages, nothing computed, nothing on its way."""
+        request = self.request
+        self.slot = None
+        self.pages = SequencePages(read_tokens=self.pages.read_tokens, salt=self.pages.salt)
+        if request.status is RequestStatus.RUNNING:
+            request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = request.num_pending_tokens = 0
 
 
 def make_state(request: Request, rank: Rank) -> SequenceState:

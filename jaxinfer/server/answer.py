@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 from aiohttp import web
@@ -87,21 +87,42 @@ def _json(body: dict[str, Any], headers: dict[str, str]) -> web.Response:
     )
 
 
+class Shown(sse.Frames, Protocol):
+    """The JSON of a route's answer, whole or as frames."""
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """`outputs` are the finished ones of each prompt. Raises ApiError for a failed one."""
+        ...
+
+
+class Begun(NamedTuple):
+    """A request that was checked and has not run yet."""
+
+    answer: Answer
+    job: Job
+    shown: Shown
+    serving: Serving
+    is_stream: bool
+
+
 def begin_answer(
-    request: web.Request, body: GenerateRequest, *, model: str, prefix: str, ignored: list[str]
+    serving: Serving,
+    body: GenerateRequest,
+    *,
+    model: str,
+    prefix: str,
+    request_id: str,
+    ignored: list[str],
 ) -> Answer:
-    """`ignored` are the names of fields without effect."""
-    serving = request.app[STATE].serving
-    suffix = shapes.request_suffix(body.request_id) if body.request_id else request[REQUEST_ID]
-    summary = Summary()
-    request[SUMMARY] = summary
+    """`ignored` are the names of fields without effect; the body's own request id wins."""
+    suffix = shapes.request_suffix(body.request_id) if body.request_id else request_id
     options = body.stream_options
     return Answer(
         id=f"{prefix}-{suffix}",
         model=model,
         created_s=int(time.time()),
         fingerprint=serving.fingerprint,
-        summary=summary,
+        summary=Summary(),
         logprobs=LogprobFormatter(
             serving.tokenizer, as_token_ids=bool(body.return_tokens_as_token_ids)
         ),
@@ -112,15 +133,31 @@ def begin_answer(
     )
 
 
-async def run_final(
+async def respond(request: web.Request, begun: Begun) -> web.StreamResponse:
+    """Runs the request and answers it over HTTP, in the form that it asked for."""
+    state, answer = request.app[STATE], begun.answer
+    request[SUMMARY] = answer.summary
+    if begun.is_stream:
+        outputs = generation.generate(state, begun.serving, begun.job, answer.summary, "delta")
+        return await sse.stream(request, outputs, begun.shown, answer.headers)
+    return answer.json(await run_whole(state, begun))
+
+
+async def run_whole(state: ServerState, begun: Begun) -> dict[str, Any]:
+    """Runs the request to its end; the body of the answer."""
+    outputs = await _run_final(state, begun.serving, begun.job, begun.answer.summary)
+    return begun.shown.whole(outputs)
+
+
+async def _run_final(
     state: ServerState, serving: Serving, job: Job, summary: Summary
 ) -> list[RequestOutput]:
     """The finished output of each prompt, in order."""
     results: dict[int, RequestOutput] = {}
     outputs = generation.generate(state, serving, job, summary, "final")
     async with aclosing(outputs):
-        async for index, output in outputs:
-            results[index] = output
+        async for item in outputs:
+            results[item.prompt_index] = item.output
     if len(results) != len(job.prompts):
         raise ApiError(500, "The engine ended the request without a result.")
     return [results[index] for index in range(len(job.prompts))]

@@ -13,7 +13,7 @@ from jaxinfer.server import middleware, probes
 from jaxinfer.server.chat import chat_completions
 from jaxinfer.server.completions import completions
 from jaxinfer.server.openapi import openapi
-from jaxinfer.server.state import STALL_AFTER_S, STATE, ServerState
+from jaxinfer.server.state import STATE, ServerState
 from jaxinfer.server.tokenize import detokenize, tokenize
 
 _OPEN_PATHS = ("/health", "/ready")
@@ -24,13 +24,12 @@ def create_app(
     config: ServerConfig,
     *,
     sampling_defaults: Mapping[str, Any] | None = None,
-    stall_after_s: float = STALL_AFTER_S,
 ) -> web.Application:
     """An application around an engine that has started.
 
     `sampling_defaults` are used where a request says nothing (default: the model's own).
     """
-    state = ServerState(config, stall_after_s=stall_after_s)
+    state = ServerState(config)
     state.attach(engine, sampling_defaults=sampling_defaults)
     return create_app_around(state)
 
@@ -40,7 +39,11 @@ def create_app_around(state: ServerState) -> web.Application:
     config = state.config
     keys = [*config.api_key, *filter(None, [env.api_key()])]
     prefixes = dict.fromkeys(("", config.root_path.rstrip("/")))
-    layers: list[Middleware] = [middleware.observe(state), middleware.errors]
+    layers: list[Middleware] = [
+        state.connections.middleware(),
+        middleware.observe(state),
+        middleware.errors,
+    ]
     if keys:
         open_paths = frozenset(prefix + path for prefix in prefixes for path in _OPEN_PATHS)
         layers.append(middleware.authenticate(keys, open_paths=open_paths))

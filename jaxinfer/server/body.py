@@ -63,7 +63,8 @@ async def read_json(request: web.Request) -> dict[str, Any]:
             415, f"Content-Type must be application/json, got {show(request.content_type)}."
         )
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        # (Mostly it is all there, and a timer is not free.)
+        async with asyncio.timeout(None if request.content.is_eof() else BODY_TIMEOUT_S):
             body = await request.read()
     except TimeoutError:
         raise ApiError(

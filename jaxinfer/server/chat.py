@@ -1,35 +1,58 @@
 """POST /v1/chat/completions. Knows chat's JSON; rendering is the tokenizer's, work the engine's."""
 
-import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
 
 from jaxinfer.core.outputs import CompletionOutput, RequestOutput
-from jaxinfer.errors import RequestError
-from jaxinfer.server import generation, messages, sse
-from jaxinfer.server.answer import Answer, begin_answer, run_final
+from jaxinfer.server import messages, sse
+from jaxinfer.server.answer import REQUEST_ID, Answer, Begun, begin_answer, respond
 from jaxinfer.server.body import parse, read_json
 from jaxinfer.server.generation import Job, PromptOutput, prepare
 from jaxinfer.server.protocol import ChatCompletionRequest, check_common, refuse_unsupported
 from jaxinfer.server.sampling import chat_sampling
 from jaxinfer.server.shapes import check_choice
-from jaxinfer.server.state import STATE, Serving
-
-_LONG_CHAT_BYTES = 20_000
+from jaxinfer.server.state import STATE, ServerState
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """Handler."""
-    state = request.app[STATE]
-    parsed = parse(await read_json(request), ChatCompletionRequest)
+    raw = await read_json(request)
+    begun = await begin_chat(
+        request.app[STATE],
+        raw,
+        request_id=request[REQUEST_ID],
+        num_bytes=request.content_length,
+    )
+    return await respond(request, begun)
+
+
+async def begin_chat(
+    state: ServerState, raw: dict[str, Any], *, request_id: str, num_bytes: int | None
+) -> Begun:
+    """Everything up to the first token. Raises what is wrong with the request or the server.
+
+    `num_bytes` is the size of the request: a long one is rendered off the event loop.
+    """
+    parsed = parse(raw, ChatCompletionRequest)
     body = parsed.value
     serving = state.serving
     model = serving.check_model(body.model)
     refuse_unsupported(body)
     check_common(body)
     sampling = chat_sampling(body, serving.sampling_defaults)
-    text = await _render(serving, body, parsed.raw, num_bytes=request.content_length)
+    kwargs = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+    text = await messages.render(
+        serving,
+        body,
+        parsed.raw,
+        num_bytes=num_bytes,
+        documents=body.documents,
+        template_kwargs=kwargs,
+    )
     prompt = await prepare(
         serving,
         text,
@@ -41,7 +64,14 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     ignored = list(parsed.unknown)
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         ignored.append("max_tokens")
-    answer = begin_answer(request, body, model=model, prefix="chatcmpl", ignored=ignored)
+    answer = begin_answer(
+        serving,
+        body,
+        model=model,
+        prefix="chatcmpl",
+        request_id=request_id,
+        ignored=ignored,
+    )
     job = Job(
         request_id=answer.id,
         prompts=[prompt],
@@ -56,41 +86,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         echo=messages.last_text(body.messages, state.config.response_role) if body.echo else "",
         num_top=body.top_logprobs or 0,
     )
-    if body.stream:
-        outputs = generation.generate(state, serving, job, answer.summary, "delta")
-        return await sse.stream(request, outputs, chat, answer.headers)
-    [output] = await run_final(state, serving, job, answer.summary)
-    return answer.json(chat.whole(output))
-
-
-async def _render(
-    serving: Serving, body: ChatCompletionRequest, raw: dict[str, Any], *, num_bytes: int | None
-) -> str:
-    conversation = messages.conversation(body.messages, raw["messages"])
-    kwargs = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
-    continues = bool(body.continue_final_message)
-    generates = body.add_generation_prompt
-    if continues and generates:
-        raise RequestError(
-            "continue_final_message=true and add_generation_prompt=true exclude each other; "
-            "send add_generation_prompt=false.",
-            param="continue_final_message",
-        )
-
-    def work() -> str:
-        return serving.tokenizer.render_chat(
-            conversation,
-            add_generation_prompt=not continues if generates is None else generates,
-            continue_final_message=continues,
-            tools=body.tools or None,
-            documents=body.documents,
-            template_kwargs=kwargs,
-        )
-
-    is_short = num_bytes is not None and num_bytes <= _LONG_CHAT_BYTES
-    return work() if is_short else await asyncio.to_thread(work)
+    return Begun(answer, job, chat, serving, bool(body.stream))
 
 
 class _Chat:
@@ -109,8 +105,9 @@ class _Chat:
         )
         self._texts: list[sse.TextFrames] = []
 
-    def whole(self, output: RequestOutput) -> dict[str, Any]:
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The `chat.completion` object."""
+        [output] = outputs
         answer = self._answer
         choices = sorted(output.outputs, key=lambda choice: choice.index)
         body = {

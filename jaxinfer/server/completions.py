@@ -8,15 +8,15 @@ from aiohttp import web
 from jaxinfer.core.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxinfer.engine.inputs import ValidatedPrompt
 from jaxinfer.errors import RequestError
-from jaxinfer.server import generation, sse
-from jaxinfer.server.answer import Answer, begin_answer, run_final
+from jaxinfer.server import sse
+from jaxinfer.server.answer import REQUEST_ID, Answer, Begun, begin_answer, respond
 from jaxinfer.server.body import parse, read_json, show
 from jaxinfer.server.generation import Job, PromptOutput, prepare
 from jaxinfer.server.logprobs import TextOffsets
 from jaxinfer.server.protocol import CompletionRequest, check_common, refuse_unsupported
 from jaxinfer.server.sampling import Sampling, completion_sampling
 from jaxinfer.server.shapes import check_choice
-from jaxinfer.server.state import STATE, Serving
+from jaxinfer.server.state import STATE, ServerState, Serving
 
 MAX_PROMPTS = 1024
 
@@ -25,8 +25,14 @@ _OBJECT = "text_completion"
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """Handler."""
-    state = request.app[STATE]
-    parsed = parse(await read_json(request), CompletionRequest)
+    raw = await read_json(request)
+    begun = await begin_completion(request.app[STATE], raw, request_id=request[REQUEST_ID])
+    return await respond(request, begun)
+
+
+async def begin_completion(state: ServerState, raw: dict[str, Any], *, request_id: str) -> Begun:
+    """Everything up to the first token. Raises what is wrong with the request or the server."""
+    parsed = parse(raw, CompletionRequest)
     body = parsed.value
     serving = state.serving
     model = serving.check_model(body.model)
@@ -36,7 +42,14 @@ async def completions(request: web.Request) -> web.StreamResponse:
         body, serving.sampling_defaults, max_tokens_given="max_tokens" in parsed.raw
     )
     prompts = await _prepare_all(serving, body, sampling)
-    answer = begin_answer(request, body, model=model, prefix="cmpl", ignored=parsed.unknown)
+    answer = begin_answer(
+        serving,
+        body,
+        model=model,
+        prefix="cmpl",
+        request_id=request_id,
+        ignored=parsed.unknown,
+    )
     job = Job(
         request_id=answer.id,
         prompts=prompts,
@@ -47,10 +60,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     shown = _Completions(
         answer, job, serving, echo=bool(body.echo), prompt_logprobs=body.prompt_logprobs is not None
     )
-    if body.stream:
-        outputs = generation.generate(state, serving, job, answer.summary, "delta")
-        return await sse.stream(request, outputs, shown, answer.headers)
-    return answer.json(shown.whole(await run_final(state, serving, job, answer.summary)))
+    return Begun(answer, job, shown, serving, bool(body.stream))
 
 
 def _split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -131,7 +141,7 @@ class _Completions:
         return b""
 
     def frames(self, item: PromptOutput) -> bytes:
-        prompt_index, output = item
+        prompt_index, output = item.prompt_index, item.output
         self._keep_prompt_logprobs(prompt_index, output)
         return b"".join([self._frame(prompt_index, choice) for choice in output.outputs])
 

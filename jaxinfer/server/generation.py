@@ -9,7 +9,9 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import msgspec
 
 from jaxinfer.core.outputs import RequestOutput
 from jaxinfer.core.request import FinishReason
@@ -24,8 +26,8 @@ _LONG_TEXT_CHARS = 20_000
 OutputKind = Literal["delta", "final"]
 
 
-class PromptOutput(NamedTuple):
-    """News of one of the prompts."""
+class PromptOutput(msgspec.Struct, frozen=True):
+    """News of one of the prompts. (A Struct: it is made for every token.)"""
 
     prompt_index: int
     output: RequestOutput
@@ -57,9 +59,9 @@ class Summary:
         return sum(self.cached_tokens.values())
 
     def see(self, item: PromptOutput) -> None:
-        index, output = item
+        output = item.output
         if output.num_cached_tokens:
-            self.cached_tokens[index] = output.num_cached_tokens
+            self.cached_tokens[item.prompt_index] = output.num_cached_tokens
         for choice in output.outputs:
             self.num_output_tokens += len(choice.token_ids)
             if choice.finish_reason is not None:
@@ -132,27 +134,31 @@ async def generate(
     """Runs the job. Raises QueueFullError or EngineDeadError; both may come before any output."""
     summary.num_prompt_tokens = sum(len(prompt.prompt_token_ids) for prompt in job.prompts)
     num_unfinished = len(job.prompts) * job.n
+    streams = [_start(serving, job, index, kind) for index in range(len(job.prompts))]
     state.begin()
     try:
-        async with aclosing(_run(serving, job, kind)) as outputs:
-            async for item in outputs:
-                summary.see(item)
-                yield item
+        if len(streams) == 1:  # one generator less for each token to pass through
+            async with aclosing(streams[0]) as outputs:
+                async for output in outputs:
+                    item = PromptOutput(0, output)
+                    summary.see(item)
+                    yield item
+        else:
+            async with aclosing(_merge(streams)) as items:
+                async for item in items:
+                    summary.see(item)
+                    yield item
     finally:
         if len(summary.reasons) < num_unfinished:
             summary.reasons.append(FinishReason.ABORT)
         state.end()
 
 
-def _run(serving: Serving, job: Job, kind: OutputKind) -> AsyncGenerator[PromptOutput, None]:
-    streams = [_one(serving, job, index, kind) for index in range(len(job.prompts))]
-    return streams[0] if len(streams) == 1 else _merge(streams)
-
-
-async def _one(
+def _start(
     serving: Serving, job: Job, index: int, kind: OutputKind
-) -> AsyncGenerator[PromptOutput, None]:
-    outputs = serving.engine.generate(
+) -> AsyncGenerator[RequestOutput, None]:
+    """The outputs of one prompt, which begins to run when the first one is asked for."""
+    return serving.engine.generate(
         job.prompts[index],
         job.prompts[index].params,
         request_id=job.request_id if len(job.prompts) == 1 else f"{job.request_id}-{index}",
@@ -160,27 +166,24 @@ async def _one(
         cache_salt=job.cache_salt,
         output_kind=kind,
     )
-    async with aclosing(outputs) as open_outputs:
-        async for output in open_outputs:
-            yield PromptOutput(index, output)
 
 
 async def _merge(
-    streams: Sequence[AsyncGenerator[PromptOutput, None]],
+    streams: Sequence[AsyncGenerator[RequestOutput, None]],
 ) -> AsyncGenerator[PromptOutput, None]:
     """Outputs of all streams as they come; the first failure ends all of them."""
     queue: asyncio.Queue[PromptOutput | Exception | None] = asyncio.Queue(maxsize=1)
 
-    async def pump(stream: AsyncGenerator[PromptOutput, None]) -> None:
+    async def pump(index: int, stream: AsyncGenerator[RequestOutput, None]) -> None:
         try:
             async with aclosing(stream):
-                async for item in stream:
-                    await queue.put(item)
+                async for output in stream:
+                    await queue.put(PromptOutput(index, output))
             await queue.put(None)
         except Exception as error:  # noqa: BLE001 - raised again where the outputs are read
             await queue.put(error)
 
-    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    tasks = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
     try:
         open_streams = len(streams)
         while open_streams:

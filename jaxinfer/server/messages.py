@@ -1,25 +1,26 @@
-"""Chat messages as clients send them, made ready for a template.
+"""Chat messages as clients send them, and the text that the model's template makes of them.
 
-Knows roles and content parts; not templates. A `developer` message is a `system` message: few
-templates know OpenAI's newer name. Arguments of earlier tool calls are JSON text in the API and
-objects in templates.
+Knows which roles there are and what a message must have; parts and tool calls are checked and
+read in tokenizer/messages.py, for all who render. A `developer` message is a `system` message: few
+templates know OpenAI's newer name.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-import msgspec
 
 from jaxinfer.errors import RequestError
 from jaxinfer.server.body import show
-from jaxinfer.server.protocol import ChatMessage
+from jaxinfer.server.protocol import ChatCompletionRequest, ChatMessage, TokenizeRequest
+from jaxinfer.server.state import Serving
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_TEXT_PARTS = ("text", "input_text", "output_text")
+# Above this, rendering takes longer than a step of the event loop may.
+_LONG_CHAT_BYTES = 20_000
 
 
 def conversation(messages: Sequence[ChatMessage], raw: Sequence[Any]) -> list[dict[str, Any]]:
-    """What a template reads. Raises RequestError that names the message."""
+    """The messages with known roles. Raises RequestError that names the message."""
     if not messages:
         raise RequestError("messages must not be empty.", param="messages")
     return [
@@ -46,47 +47,40 @@ def _message(where: str, message: ChatMessage, plain: dict[str, Any]) -> dict[st
         )
     if message.role == "developer":
         plain["role"] = "system"
-    if message.content is None:
-        if message.role != "assistant" or not message.tool_calls:
-            raise RequestError(
-                f"{where}.content is required in a message of role {message.role}.",
-                param=f"{where}.content",
-            )
-    elif not isinstance(message.content, str):
-        plain["content"] = [
-            _part(f"{where}.content[{index}]", part.type, part.text)
-            for index, part in enumerate(message.content)
-        ]
-    if message.tool_calls:
-        plain["tool_calls"] = [
-            _tool_call(f"{where}.tool_calls[{index}]", call)
-            for index, call in enumerate(message.tool_calls)
-        ]
+    if message.content is None and not (message.role == "assistant" and message.tool_calls):
+        raise RequestError(
+            f"{where}.content is required in a message of role {message.role}.",
+            param=f"{where}.content",
+        )
     return plain
 
 
-def _part(where: str, kind: str, text: str | None) -> dict[str, str]:
-    if kind not in _TEXT_PARTS:
-        raise RequestError(
-            f"{where}.type must be text, got {show(kind)}: the model reads text only.",
-            param=f"{where}.type",
+async def render(
+    serving: Serving,
+    body: ChatCompletionRequest | TokenizeRequest,
+    raw: Mapping[str, Any],
+    *,
+    num_bytes: int | None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any] | None,
+) -> str:
+    """The prompt's text. `num_bytes` is the request's size: a long one is rendered off the loop.
+
+    Raises RequestError for what is wrong with the messages, or what the template refuses.
+    """
+    messages = conversation(body.messages or (), raw["messages"])
+    continues = bool(body.continue_final_message)
+    generates = body.add_generation_prompt
+
+    def work() -> str:
+        return serving.tokenizer.render_chat(
+            messages,
+            add_generation_prompt=not continues if generates is None else generates,
+            continue_final_message=continues,
+            tools=body.tools or None,
+            documents=documents,
+            template_kwargs=template_kwargs or {},
         )
-    if text is None:
-        raise RequestError(f"{where}.text is required.", param=f"{where}.text")
-    return {"type": "text", "text": text}
 
-
-def _tool_call(where: str, call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function")
-    if not isinstance(function, dict):
-        raise RequestError(f"{where}.function must be an object.", param=f"{where}.function")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments or "{}")
-        except (msgspec.MsgspecError, RecursionError):
-            raise RequestError(
-                f"{where}.function.arguments must be JSON, got {show(arguments)}.",
-                param=f"{where}.function.arguments",
-            ) from None
-    return {**call, "function": {**function, "arguments": arguments}}
+    is_short = num_bytes is not None and num_bytes <= _LONG_CHAT_BYTES
+    return work() if is_short else await asyncio.to_thread(work)

@@ -36,6 +36,7 @@ _TTFT_S = _edges(
 _ITL_S = _edges("0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80")
 _HTTP_S = _edges("0.01 0.025 0.05 0.1 0.25 0.5 1 2.5 5 10 30 60 120")
 _CHOICES = (1, 2, 5, 10, 20)
+_STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -78,15 +79,12 @@ class _Families:
         self._prefix = prefix
         self._model_name = model_name
 
-    def histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        family = Histogram(
-            f"{self._prefix}:{name}",
-            text,
-            ("model_name",),
-            buckets=buckets,
-            registry=self._registry,
+    def histogram(self, name: str, text: str, edges: Sequence[float]) -> TokenHistogram:
+        family = TokenHistogram(
+            f"{self._prefix}:{name}", text, model_name=self._model_name, edges=edges
         )
-        return family.labels(self._model_name)
+        self._registry.register(family)
+        return family
 
     def counter(self, name: str, text: str) -> Counter:
         name = f"{self._prefix}:{name}"
@@ -130,12 +128,7 @@ class EngineMetrics:
             f"{prefix}:generation_tokens", "Tokens generated.", model_name=model_name
         )
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT_S)
-        self._itl = TokenHistogram(
-            f"{prefix}:inter_token_latency_seconds",
-            "Token to next token.",
-            model_name=model_name,
-            edges=_ITL_S,
-        )
+        self._itl = histogram("inter_token_latency_seconds", "Token to next token.", _ITL_S)
         self._tpot = histogram(
             "request_time_per_output_token_seconds", "Mean of a request's token times.", _ITL_S
         )
@@ -161,10 +154,16 @@ class EngineMetrics:
         self._params_max = histogram(
             "request_params_max_tokens", "max_tokens of a request.", tokens
         )
+        self._step_tokens = histogram(
+            "iteration_tokens_total", "Tokens that a step computes.", _STEP_TOKENS
+        )
         self._finished = families.finished()
         registry.register(self._generation_tokens)
-        registry.register(self._itl)
         registry.register(_EngineCollector(prefix, model_name, info, stats))
+
+    def on_step(self, num_tokens: int) -> None:
+        """The engine's hook: a step has ended."""
+        self._step_tokens.observe(num_tokens)
 
     def on_tokens(self, event: TokensEvent) -> None:
         """The engine's hook: called for every sequence of every step, so it must stay cheap."""
@@ -250,6 +249,8 @@ class _EngineCollector(Collector):
             ("prefix_cache_hits", "Tokens found.", stats.prefix_hits_total),
             ("num_preemptions", "Requests preempted.", stats.num_preemptions_total),
             ("compiles_after_ready", "Must stay 0.", stats.num_compiles_after_ready),
+            ("engine_restarts", "Cores started in place of one lost.", stats.num_restarts_total),
+            ("failed_steps", "Steps that broke and ran again.", stats.num_failed_steps_total),
         )
         for name, text, value in gauges:
             gauge = GaugeMetricFamily(f"{self._prefix}:{name}", text, labels=("model_name",))

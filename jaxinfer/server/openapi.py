@@ -26,7 +26,7 @@ _BODIES = {
 _READS = {
     "/v1/models": "The models served",
     "/v1/models/{id}": "One model",
-    "/health": "200 unless the engine is gone or stalled; needs no key",
+    "/health": "200 unless the engine is gone, stalled or being restarted; needs no key",
     "/ready": "200 when requests are served at once; needs no key",
     "/metrics": "Prometheus metrics",
     "/version": "The version of jaxinfer",

@@ -17,7 +17,8 @@ def _json(value: Any) -> web.Response:
 
 
 async def health(request: web.Request) -> web.Response:
-    """Handler: 200 while the process can serve or is starting; 503 when it never will again."""
+    """Handler: 200 while the engine serves or starts for the first time; 503 when it is gone,
+    stalled or being restarted."""
     problem = request.app[STATE].not_alive()
     if problem is not None:
         raise unavailable(f"Not healthy: {problem}.")

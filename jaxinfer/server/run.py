@@ -9,6 +9,7 @@ import contextlib
 import errno
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,20 +18,22 @@ from typing import TypeVar
 from aiohttp import web
 
 from jaxinfer.config.schema import EngineConfig, ServeConfig
-from jaxinfer.core.progress import shown_amount
 from jaxinfer.engine.async_engine import AsyncEngine
 from jaxinfer.engine.build import DEFAULT_RUNNER_FACTORY
 from jaxinfer.engine.client import ProcessClient
 from jaxinfer.engine.model_source import LoadedModel, load_model_tokenizer, sampling_defaults
+from jaxinfer.engine.supervisor import SupervisedClient, SupervisionPolicy
 from jaxinfer.errors import ConfigError
 from jaxinfer.logging import get_logger
 from jaxinfer.server.app import create_app_around, make_runner
+from jaxinfer.server.connections import SILENT_TIMEOUT_S
+from jaxinfer.server.startup import StartupLog
 from jaxinfer.server.state import ServerState
 
 logger = get_logger(__name__)
 
+UNREAD_TIMEOUT_S = 120.0
 _BACKLOG = 2048
-_PROGRESS_EVERY_S = 10.0
 
 _T = TypeVar("_T")
 
@@ -38,7 +41,8 @@ _T = TypeVar("_T")
 def run_server(config: ServeConfig, *, runner_factory: str = DEFAULT_RUNNER_FACTORY) -> None:
     """Serves until SIGINT or SIGTERM; then returns, with no process left behind.
 
-    Raises ConfigError for an address that cannot be bound, and what kept the engine from starting.
+    Raises ConfigError for an address that cannot be bound, what kept the engine from starting, and
+    EngineDeadError when the engine was lost too often to be restarted.
     """
     with bind(config.server.host, config.server.port) as listener:
         asyncio.run(_Server(config, listener, runner_factory).serve())
@@ -56,6 +60,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _limit_unread(listener, UNREAD_TIMEOUT_S)
         listener.bind(address)
         # Bound is not yet taken: another process could still bind and listen first.
         listener.listen(_BACKLOG)
@@ -63,6 +68,17 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(_bind_problem(error, host, port)) from error
     return listener
+
+
+def _limit_unread(listener: socket.socket, timeout_s: float) -> None:
+    """Connections end when the client takes nothing of what was sent for so long.
+
+    (RFC 5482's user timeout, which accepted sockets inherit. The kernel's business: a timer for
+    each frame of each stream would cost the event loop more than all its other work on them.)
+    """
+    if sys.platform == "linux":
+        milliseconds = int(timeout_s * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 def _bind_problem(error: OSError, host: str, port: int) -> str:
@@ -90,6 +106,14 @@ class _Server:
         self._stop = asyncio.Event()  # the first signal
         self._hurry = asyncio.Event()  # the second
         self._engine: AsyncEngine | None = None
+        self._client: SupervisedClient | None = None
+        self._progress = StartupLog(self._set_phase)
+
+    def _set_phase(self, phase: str) -> None:
+        self._state.phase = phase
+
+    def _is_ready(self) -> bool:
+        return self._engine is not None and self._engine.is_ready
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -100,16 +124,23 @@ class _Server:
         site = web.SockSite(runner, self._listener, backlog=_BACKLOG)
         await site.start()
         logger.info("listening on %s; the engine is starting", self._url)
+        background = [
+            asyncio.create_task(self._state.connections.close_silent(runner, SILENT_TIMEOUT_S)),
+            asyncio.create_task(self._progress.watch(self._is_ready)),
+        ]
         try:
             if await self._start_engine_unless_stopped():
                 logger.info("ready: %s/v1", self._url)
-                await self._stop.wait()
-                await site.stop()
+                await self._stopped_or_dead()
                 await self._drain()
         finally:
             # First the engine, so that open requests end with an error instead of silence.
             if self._engine is not None:
                 await self._engine.close()
+            await site.stop()
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
             await runner.cleanup()
             logger.info("stopped")
 
@@ -123,6 +154,8 @@ class _Server:
             self._hurry.set()
         logger.info("shutting down")
         self._state.is_draining = True
+        if self._client is not None:
+            self._client.stop_restarting()
         self._stop.set()
 
     async def _start_engine_unless_stopped(self) -> bool:
@@ -140,23 +173,47 @@ class _Server:
             await asyncio.gather(start, stop, return_exceptions=True)
 
     async def _start_engine(self) -> None:
-        progress = _StartupLog(self._state)
-        model = await _in_thread(lambda: _load(self._config.engine, progress))
-        defaults = sampling_defaults(model.tokenizer, self._config.engine.model)
-        client = ProcessClient(
-            self._config.engine,
+        began_s = time.monotonic()
+        config, progress = self._config, self._progress
+        model = await _in_thread(lambda: _load(config.engine, progress))
+        defaults = sampling_defaults(model.tokenizer, config.engine.model)
+        self._client = SupervisedClient(
+            lambda: ProcessClient(
+                config.engine,
+                on_progress=progress,
+                runner_factory=self._runner_factory,
+                log_level=config.server.log_level,
+            ),
+            SupervisionPolicy(
+                stall_timeout_s=config.server.engine_stall_timeout,
+                max_restarts=config.server.engine_max_restarts,
+            ),
             on_progress=progress,
-            runner_factory=self._runner_factory,
-            log_level=self._config.server.log_level,
         )
-        engine = AsyncEngine(client, model.tokenizer, model.name)
+        engine = AsyncEngine(self._client, model.tokenizer, model.name)
         self._engine = engine
         await engine.start()
         self._state.attach(engine, sampling_defaults=defaults)
-        progress.end()
+        logger.info("start-up took %.1f s", time.monotonic() - began_s)
+
+    async def _stopped_or_dead(self) -> None:
+        """Returns at a signal; raises what the engine died of when it will not be restarted."""
+        assert self._engine is not None
+        stop = asyncio.create_task(self._stop.wait())
+        death = asyncio.create_task(self._engine.wait_dead())
+        try:
+            await asyncio.wait({stop, death}, return_when=asyncio.FIRST_COMPLETED)
+            if not self._stop.is_set():
+                raise death.result()
+        finally:
+            stop.cancel()
+            death.cancel()
 
     async def _drain(self) -> None:
-        """Running requests get --shutdown-timeout to end, or until the next signal."""
+        """Running requests get --shutdown-timeout to end, or until the next signal.
+
+        New ones get 503 meanwhile: the socket stays open, so that nobody is left to guess.
+        """
         hurry = asyncio.create_task(self._hurry.wait())
         idle = asyncio.create_task(self._state.wait_idle())
         timeout_s = self._config.server.shutdown_timeout
@@ -166,34 +223,9 @@ class _Server:
         await asyncio.gather(hurry, idle, return_exceptions=True)
 
 
-def _load(config: EngineConfig, progress: "_StartupLog") -> LoadedModel:
+def _load(config: EngineConfig, progress: StartupLog) -> LoadedModel:
     progress("locate model", 0, 0)
     return load_model_tokenizer(config, progress)
-
-
-class _StartupLog:
-    """Start-up phases: what /ready says, and a log line while a long one runs. For any thread.
-
-    (The beginning and the end of a phase are logged by who does the work.)
-    """
-
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
-        self._phase = ""
-        self._began_s = self._told_s = time.monotonic()
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        now_s = time.monotonic()
-        shown = f"{phase} {shown_amount(done, total)}".rstrip()
-        self._state.phase = shown
-        if phase != self._phase:
-            self._phase, self._told_s = phase, now_s
-        elif now_s - self._told_s > _PROGRESS_EVERY_S:
-            self._told_s = now_s
-            logger.info("%s", shown)
-
-    def end(self) -> None:
-        logger.info("start-up took %.1f s", time.monotonic() - self._began_s)
 
 
 async def _in_thread(work: Callable[[], _T]) -> _T:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxinfer.core.sampling_params import MAX_LOGPROBS, SamplingParams
+from jaxinfer.core.sampling_params import MAX_LOGPROBS, MODEL_DEFAULTS, SamplingParams
 from jaxinfer.errors import RequestError
 from jaxinfer.server.protocol import ChatCompletionRequest, CompletionRequest, GenerateRequest
 
@@ -28,7 +28,6 @@ _SAME_NAME = (
     "prompt_logprobs",
     "truncate_prompt_tokens",
 )
-_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 class Sampling(NamedTuple):
@@ -85,7 +84,7 @@ def _top_logprobs(count: int | None) -> int:
 
 
 def _common(request: GenerateRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    fields = {name: defaults[name] for name in _MODEL_DEFAULTS if name in defaults}
+    fields = {name: defaults[name] for name in MODEL_DEFAULTS if name in defaults}
     for name in _SAME_NAME:
         value = getattr(request, name)
         if value is not None:

@@ -30,7 +30,7 @@ def usage(num_prompt: int, num_output: int, num_cached: int) -> dict[str, Any]:
 def check_choice(choice: CompletionOutput) -> None:
     """Raises ApiError 500 for a completion that broke: its text must not look like an answer."""
     if choice.finish_reason == FinishReason.ERROR:
-        raise ApiError(500, "Generation failed: the model gave numbers that are not finite.")
+        raise ApiError(500, f"Generation failed: {choice.error}.")
 
 
 def model_card(name: str, *, root: str, created_s: int, max_model_len: int) -> dict[str, Any]:

@@ -81,14 +81,14 @@ async def stream(
                 pending = frames.frames(item)
                 if pending:
                     await response.write(pending)
-            await response.write(frames.end())
+            last = frames.end()
         except JaxInferError as error:
-            await response.write(frame(api_error(error).envelope()))
+            last = frame(api_error(error).envelope())
         except ConnectionError:
             raise
         except Exception:
             # The status is sent: the client must learn of it here, and the log must have the cause.
             logger.exception("a stream broke")
-            await response.write(frame(ApiError(500, "Internal error.").envelope()))
-        await response.write_eof()
+            last = frame(ApiError(500, "Internal error.").envelope())
+        await response.write_eof(last)  # one write for the last frame and the end
         return response

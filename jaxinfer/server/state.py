@@ -18,11 +18,10 @@ from jaxinfer.config.schema import ServerConfig
 from jaxinfer.core.messages import EngineInfo
 from jaxinfer.engine.async_engine import AsyncEngine
 from jaxinfer.errors import ModelNotFoundError
+from jaxinfer.server.connections import ConnectionWatch
 from jaxinfer.server.errors import unavailable
 from jaxinfer.server.metrics import Metrics
 from jaxinfer.tokenizer.tokenizer import Tokenizer
-
-STALL_AFTER_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +66,13 @@ class Serving:
 class ServerState:
     """Mutable state of the server process; lives on the event loop's thread only."""
 
-    def __init__(self, config: ServerConfig, *, stall_after_s: float = STALL_AFTER_S) -> None:
+    def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.metrics = Metrics()
+        self.connections = ConnectionWatch()
         self.phase = "starting"
         self.is_draining = False
         self.num_inflight = 0
-        self._busy_since_s = 0.0
-        self._stall_after_s = stall_after_s
         self._idle = asyncio.Event()
         self._idle.set()
         self._serving: Serving | None = None
@@ -93,7 +91,11 @@ class ServerState:
             info=engine.info,
             stats=lambda: engine.stats,
         )
-        engine.observe(on_tokens=metrics.on_tokens, on_finished=metrics.on_finished)
+        engine.observe(
+            on_tokens=metrics.on_tokens,
+            on_finished=metrics.on_finished,
+            on_step=metrics.on_step,
+        )
         if sampling_defaults is None:
             sampling_defaults = engine.tokenizer.sampling_defaults()
         self._serving = Serving(
@@ -111,9 +113,7 @@ class ServerState:
         return self._serving
 
     def begin(self) -> None:
-        if self.num_inflight == 0:
-            self._busy_since_s = time.monotonic()
-            self._idle.clear()
+        self._idle.clear()
         self.num_inflight += 1
 
     def end(self) -> None:
@@ -131,22 +131,24 @@ class ServerState:
             return f"starting: {self.phase}"
         if self.is_draining:
             return "shutting down"
-        if not self._serving.engine.is_ready:
+        problem = self.not_alive()
+        if problem is None and not self._serving.engine.is_ready:
             return "the engine is not ready"
-        return self.not_alive()
+        return problem
 
     def not_alive(self) -> str | None:
-        """Why /health is not 200: the engine is gone, or works on requests and takes no steps."""
+        """Why /health is not 200: the engine is gone or being restarted, or works on requests and
+        takes no steps. (A server that starts is alive.)"""
         if self._serving is None:
             return None
         engine = self._serving.engine
+        if engine.outage is not None:
+            return f"{engine.outage} ({self.phase})"
         if not engine.is_alive:
             return "the engine process is gone"
-        if self.num_inflight == 0:
-            return None
-        last_sign_s = max(self._busy_since_s, engine.last_step_time_s)
-        silent_s = time.monotonic() - last_sign_s
-        if silent_s > self._stall_after_s:
+        # (Of the engine's open requests: a client that does not read its answer is no stall.)
+        silent_s, limit_s = engine.silent_s, self.config.engine_stall_timeout
+        if 0 < limit_s < silent_s:
             return f"requests are running and no step has ended for {silent_s:.0f} s"
         return None
 

@@ -10,7 +10,7 @@ from jaxinfer.server.answer import json_response
 from jaxinfer.server.body import parse, read_json
 from jaxinfer.server.generation import encode
 from jaxinfer.server.protocol import DetokenizeRequest, TokenizeRequest
-from jaxinfer.server.state import STATE, Serving
+from jaxinfer.server.state import STATE
 
 
 async def tokenize(request: web.Request) -> web.Response:
@@ -21,7 +21,14 @@ async def tokenize(request: web.Request) -> web.Response:
     serving.check_model(body.model)
     special = body.add_special_tokens
     if body.messages is not None:
-        text, param = _render(serving, body, parsed.raw), "messages"
+        text = await messages.render(
+            serving,
+            body,
+            parsed.raw,
+            num_bytes=request.content_length,
+            template_kwargs=body.chat_template_kwargs,
+        )
+        param = "messages"
         special = bool(special)
     elif body.prompt is not None:
         text, param = body.prompt, "prompt"
@@ -38,19 +45,6 @@ async def tokenize(request: web.Request) -> web.Response:
     if body.return_token_strs:
         shown["token_strs"] = [serving.tokenizer.token_text(token_id) for token_id in token_ids]
     return json_response(shown, ignored=parsed.unknown)
-
-
-def _render(serving: Serving, body: TokenizeRequest, raw: dict[str, Any]) -> str:
-    assert body.messages is not None
-    continues = bool(body.continue_final_message)
-    generates = body.add_generation_prompt
-    return serving.tokenizer.render_chat(
-        messages.conversation(body.messages, raw["messages"]),
-        add_generation_prompt=not continues if generates is None else generates,
-        continue_final_message=continues,
-        tools=body.tools or None,
-        template_kwargs=body.chat_template_kwargs or {},
-    )
 
 
 async def detokenize(request: web.Request) -> web.Response:

@@ -147,7 +147,8 @@ class ChatTemplate:
         if continue_final_message:
             if add_generation_prompt:
                 raise RequestError(
-                    "continue_final_message=true needs add_generation_prompt=false.",
+                    "continue_final_message=true and add_generation_prompt=true exclude each "
+                    "other; send add_generation_prompt=false.",
                     param="continue_final_message",
                 )
             final_text = self._mark_final_message(chat)

@@ -21,6 +21,7 @@ _WINDOW_TOKENS = 6  # prompt tokens that the window method starts from
 _MAX_HELD_TOKENS = 16  # tokens without a complete character after which the window gives up
 _MAX_HELD_BYTES = 32  # of a run of SentencePiece byte tokens, see _SentencePieceStream
 _MAX_UTF8_BYTES = 4
+_CHARACTER_TOKENS = 2 * _MAX_UTF8_BYTES  # prompt tokens that surely hold its unfinished character
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
@@ -42,40 +43,46 @@ class IncrementalDetokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
     ) -> None:
-        self._tokenizer = tokenizer
-        self._skips = skip_special_tokens
-        tail = self._visible_tail(prompt_token_ids)
-        kind = tokenizer.decoder_rule.kind
+        self._is_skipped = tokenizer.is_special if skip_special_tokens else _nothing_is
         self._stream: _Stream
-        if kind is DecoderKind.BYTE_LEVEL:
-            self._stream = _ByteLevelStream(tokenizer, tail)
-        elif kind is DecoderKind.SENTENCEPIECE:
-            self._stream = _SentencePieceStream(tokenizer, tail)
-        else:
-            spaces = skip_special_tokens or spaces_between_special_tokens
-            self._stream = _WindowStream(tokenizer, tail, spaces_between_special_tokens=spaces)
+        match tokenizer.decoder_rule.kind:
+            case DecoderKind.BYTE_LEVEL:
+                tail = self._visible_tail(prompt_token_ids, _CHARACTER_TOKENS)
+                self._stream = _ByteLevelStream(tokenizer, tail)
+            case DecoderKind.SENTENCEPIECE:
+                tail = self._visible_tail(prompt_token_ids, _MAX_HELD_BYTES)
+                self._stream = _SentencePieceStream(tokenizer, tail)
+            case _:
+                tail = self._visible_tail(prompt_token_ids, _WINDOW_TOKENS)
+                spaces = skip_special_tokens or spaces_between_special_tokens
+                self._stream = _WindowStream(tokenizer, tail, spaces_between_special_tokens=spaces)
+        self._push = self._stream.push
 
-    def _visible_tail(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        """The last tokens of the prompt that show in text, as many as any stream looks at."""
+    def _visible_tail(self, prompt_token_ids: Sequence[int], num_tokens: int) -> list[int]:
+        """The last tokens of the prompt that show in text, as many as the stream looks at."""
         tail: list[int] = []
         for token_id in reversed(prompt_token_ids):
-            if len(tail) == _MAX_HELD_BYTES:
+            if len(tail) == num_tokens:
                 break
-            if not (self._skips and self._tokenizer.is_special(token_id)):
+            if not self._is_skipped(token_id):
                 tail.append(token_id)
         return tail[::-1]
 
+    def push(self, token_id: int) -> str:
+        """Takes the next output token; returns the text that has become certain."""
+        return "" if self._is_skipped(token_id) else self._push(token_id)
+
     def append(self, token_ids: Iterable[int]) -> str:
-        """Takes the next output tokens; returns the text that has become certain."""
-        push = self._stream.push
-        if self._skips:
-            is_special = self._tokenizer.is_special
-            return "".join([push(id_) for id_ in token_ids if not is_special(id_)])
-        return "".join([push(id_) for id_ in token_ids])
+        """`push` for several tokens."""
+        return "".join([self.push(token_id) for token_id in token_ids])
 
     def finish(self) -> str:
         """The output is over: the text still held back (an unfinished character is U+FFFD)."""
         return self._stream.finish()
+
+
+def _nothing_is(token_id: int) -> bool:  # noqa: ARG001
+    return False
 
 
 class _ByteLevelStream:
@@ -91,7 +98,8 @@ class _ByteLevelStream:
         self._decode(_open_character(tail))
 
     def push(self, token_id: int) -> str:
-        return self._from_prompt_on(self._decode(self._token_bytes(token_id)))
+        text = self._decode(self._token_bytes(token_id))
+        return self._from_prompt_on(text) if self._prompt_is_open else text
 
     def finish(self) -> str:
         return self._from_prompt_on(self._decode(b"", True))  # noqa: FBT003  (final)

@@ -3,9 +3,10 @@
 Knows the shape of messages; knows no template and no HTTP. Never changes the caller's objects.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from jaxinfer.errors import RequestError
 
@@ -25,7 +26,7 @@ def plain_messages(
     - reasoning is there under every name that templates use.
 
     Raises RequestError for an empty list, a message that is not an object with a role, parts
-    that are not text, and arguments that are not JSON.
+    that are not text, and arguments that are not JSON; its `param` is the path of the value.
     """
     if not messages:
         raise RequestError("messages must not be empty.", param="messages")
@@ -37,7 +38,7 @@ def plain_messages(
 
 def _plain_message(message: Any, where: str, *, keep_parts: bool, wrap: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise RequestError(f"{where} must be an object with a string 'role'.", param="messages")
+        raise RequestError(f"{where} must be an object with a string 'role'.", param=where)
     plain = {str(key): value for key, value in message.items() if value is not None}
     content = plain.get("content")
     if isinstance(content, list | tuple):
@@ -50,7 +51,7 @@ def _plain_message(message: Any, where: str, *, keep_parts: bool, wrap: bool) ->
         raise RequestError(
             f"{where}.content must be a string or a list of text parts, "
             f"got {type(content).__name__}.",
-            param="messages",
+            param=f"{where}.content",
         )
     if plain.get("tool_calls"):
         plain["tool_calls"] = [
@@ -69,24 +70,27 @@ def _text_part(part: Any, where: str) -> dict[str, str]:
     kind = part.get("type", "text") if isinstance(part, Mapping) else None
     if kind not in _TEXT_PARTS:
         raise RequestError(
-            f"{where} has type {kind!r}; this model takes text parts only.", param="messages"
+            f"{where}.type must be text, got {kind!r:.200}: this model reads text only.",
+            param=f"{where}.type",
         )
     text = part.get(_TEXT_PARTS[kind])
     if not isinstance(text, str):
-        raise RequestError(f"{where}.{_TEXT_PARTS[kind]} must be a string.", param="messages")
+        name = f"{where}.{_TEXT_PARTS[kind]}"
+        raise RequestError(f"{name} is required and must be a string.", param=name)
     return {"type": "text", "text": text}
 
 
 def _plain_tool_call(call: Any, where: str) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
-        raise RequestError(f"{where}.function must be an object.", param="messages")
+        raise RequestError(f"{where}.function must be an object.", param=f"{where}.function")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
+            arguments = msgspec.json.decode(arguments) if arguments.strip() else {}
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise RequestError(
-                f"{where}.function.arguments is not JSON: {error}.", param="messages"
+                f"{where}.function.arguments must be JSON, got {arguments!r:.200} ({error}).",
+                param=f"{where}.function.arguments",
             ) from error
     return {**call, "function": {**function, "arguments": arguments or {}}}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.core.sampling_params import model_defaults
 from jaxinfer.errors import CheckpointError, ConfigError, RequestError
 from jaxinfer.tokenizer.chat_template import ChatTemplate, compile_chat_template
 from jaxinfer.tokenizer.decoding import (
@@ -22,14 +23,6 @@ from jaxinfer.tokenizer.gguf_tokenizer import load_gguf_tokenizer
 from jaxinfer.tokenizer.hf_files import load_hf_tokenizer
 from jaxinfer.tokenizer.source import TokenizerSource
 
-_SAMPLING_KEYS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "max_new_tokens",
-)
 # What word-piece decoding leaves a space before, and what English puts there (transformers'
 # clean_up_tokenization): applied in this order.
 _CLEAN_UPS = (
@@ -248,11 +241,7 @@ class Tokenizer:
 
     def sampling_defaults(self) -> dict[str, Any]:
         """The sampling fields of generation_config.json, {} without one."""
-        return {
-            key: self._generation_config[key]
-            for key in _SAMPLING_KEYS
-            if self._generation_config.get(key) is not None
-        }
+        return model_defaults(self._generation_config)
 
     def save_json(self, directory: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and generation_config.json.

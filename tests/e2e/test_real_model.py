@@ -14,7 +14,7 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.api import CHAT, COMPLETIONS, Api, serving
+from tests.e2e.api import CHAT, COMPLETIONS, READY_WITHIN_S, Api, serving, until
 
 pytestmark = pytest.mark.model
 
@@ -195,6 +195,26 @@ def test_metrics_count_and_nothing_was_compiled(api: Api):
     assert sample(api, "generation_tokens_total") == tokens + 15
     assert sample(api, "prefix_cache_hits_total") > 0
     assert sample(api, "time_to_first_token_seconds_count") >= before - 1
+    assert sample(api, "compiles_after_ready_total") == 0
+
+
+def test_a_killed_core_comes_back(api: Api):
+    expected, steps = api.complete(COUNT).text, sample(api, "engine_steps_total")
+    [core] = psutil.Process(api.process.pid).children()
+    with ThreadPoolExecutor(1) as pool:
+        body = {"prompt": COUNT, "max_tokens": 900, "ignore_eos": True}
+        cut_off = pool.submit(api.request, "POST", COMPLETIONS, body)
+        until(lambda: sample(api, "num_requests_running") == 1)
+        core.kill()
+        response = cut_off.result(20)
+    assert response.status == 503
+    assert "by signal 9. It is being restarted." in response.json()["error"]["message"]
+    until(lambda: api.get("/ready").status == 503)
+    until(lambda: api.get("/ready").status == 200, timeout_s=READY_WITHIN_S)
+    assert api.get("/health").status == 200
+    assert api.complete(COUNT).text == expected
+    assert sample(api, "engine_restarts_total") == 1
+    assert sample(api, "engine_steps_total") > steps
     assert sample(api, "compiles_after_ready_total") == 0
 
 

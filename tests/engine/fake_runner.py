@@ -5,10 +5,13 @@ keeps, one row a slot, and reads a PENDING_TOKEN from it, so a wrong schedule gi
 The functions at the end are factories for `runner_factory=`.
 """
 
+import ctypes
+import signal
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from jaxinfer.config.schema import EngineConfig
@@ -85,6 +88,9 @@ class FakeRunner:
             output=StepOutput(step_id=step.step_id, seqs=seqs),
             ready_time_s=self._device_free_time_s,
         )
+
+    def reset(self) -> None:
+        self._rows.clear()
 
     def close(self) -> None:
         self.is_closed = True
@@ -170,13 +176,45 @@ def build_never(config: EngineConfig, progress: Progress) -> FakeRunner:
 
 
 class FailingRunner(FakeRunner):
-    """Breaks in its fourth step."""
+    """Breaks in its fourth step, and for good."""
 
     def dispatch(self, step: ScheduledStep) -> FakePendingStep:
         if step.step_id == 3:
             raise RuntimeError("the device is on fire")
         return super().dispatch(step)
 
+    def reset(self) -> None:
+        raise RuntimeError("the device is lost")
+
 
 def build_failing(config: EngineConfig, progress: Progress) -> FailingRunner:
     return FailingRunner(_limits(config))
+
+
+class StallingRunner(FakeRunner):
+    """Hangs in C, with Python's lock held and SIGTERM ignored, at a prompt that begins so."""
+
+    STALL_BYTE = ord("~")
+
+    def dispatch(self, step: ScheduledStep) -> FakePendingStep:
+        for seq in step.seqs:
+            if seq.admission and seq.admission.prompt_token_ids[0] == self.STALL_BYTE:
+                self._hang_in_c()
+        return super().dispatch(step)
+
+    def _hang_in_c(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ctypes.PyDLL(None).sleep(3600)
+
+
+def build_stalling(config: EngineConfig, progress: Progress) -> StallingRunner:
+    return StallingRunner(_limits(config), step_s=0.02)
+
+
+def build_if_allowed(config: EngineConfig, progress: Progress) -> FakeRunner:
+    """Vanishes, or hangs, while it loads if a file beside the model says so."""
+    if Path(config.model.model, "die").exists():
+        raise SystemExit(7)
+    if Path(config.model.model, "hang").exists():
+        build_never(config, progress)
+    return build_slow(config, progress)

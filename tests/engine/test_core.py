@@ -224,3 +224,16 @@ def test_serve_sleeps_when_idle_and_ends_at_shutdown(engine: Engine) -> None:
     assert waits[:2] == [True, True]
     assert waits[-1]
     assert not any(waits[2:-1])
+
+
+def test_updates_say_how_much_their_step_computed(config: EngineConfig) -> None:
+    engine = Engine(config)
+    prompt = list(range(40))  # more than one step holds
+    engine.core.handle(
+        0, AddRequest(request_id="a", prompt_token_ids=prompt, sampling=GREEDY, arrival_time_s=0.0)
+    )
+    engine.core.handle(0, AbortRequests(request_ids=["unknown"]))
+    engine.run()
+    numbers = [m.num_tokens for i, m in engine.sent if i == 0 and isinstance(m, StepUpdate)]
+    assert numbers[0] == 0, "an update without a step"
+    assert numbers[1:] == [32, 8] + [1] * 9

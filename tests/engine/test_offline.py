@@ -152,7 +152,7 @@ def test_ctrl_c_stops_between_steps_and_the_engine_lives(
 def test_a_device_that_breaks_ends_the_engine(config: EngineConfig, tokenizer: Tokenizer) -> None:
     client = InProcessClient(config, runner_factory="tests.engine.fake_runner:build_failing")
     llm = LLM.from_parts(client, tokenizer)
-    with pytest.raises(EngineDeadError, match="the device is on fire"):
+    with pytest.raises(EngineDeadError, match="the device is lost"):
         llm.generate("abc", SamplingParams(max_tokens=20, ignore_eos=True))
     with pytest.raises(EngineDeadError):
         llm.generate("abc", GREEDY)

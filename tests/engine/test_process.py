@@ -191,7 +191,7 @@ async def test_killing_the_core_fails_open_requests_at_once(running_engine: Engi
 
 async def test_a_device_that_breaks_is_told_with_its_reason(running_engine: EngineMaker) -> None:
     async with running_engine("build_failing") as engine:
-        with pytest.raises(EngineDeadError, match="RuntimeError: the device is on fire"):
+        with pytest.raises(EngineDeadError, match="RuntimeError: the device is lost"):
             await finish(engine)
         assert not engine.is_alive
 

@@ -57,6 +57,25 @@ def test_elsewhere_nothing_is_written():
     assert stream.getvalue() == ""
 
 
+def test_elsewhere_each_phase_has_its_line_if_asked():
+    stream = io.StringIO()
+    with start_progress(stream, with_lines=True) as report:
+        for done in range(100):
+            report("compile", done, 100)
+        report("load weights", 0, 0)
+    phases = [line.rpartition(" s: ")[2] for line in stream.getvalue().splitlines()]
+    assert phases == ["compile", "load weights", "ready"]
+
+
+def test_a_start_that_fails_is_not_ready():
+    stream = io.StringIO()
+    with pytest.raises(RuntimeError), start_progress(stream, with_lines=True) as report:
+        report("compile", 0, 3)
+        raise RuntimeError
+    assert "compile" in stream.getvalue()
+    assert "ready" not in stream.getvalue()
+
+
 def test_a_batch_counts_its_prompts(terminal: Terminal, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stderr", terminal)
     with batch_progress(3, is_shown=True) as count:

@@ -159,3 +159,15 @@ def test_any_cut_of_any_bytes_gives_the_same(
     assert whole == joined == one_by_one
     if one_by_one.finish_reason == "length":
         assert whole.text == tokenizer.decode(data)
+
+
+@given(data=st.binary(min_size=1, max_size=12), cut=st.integers(0, 11))
+def test_the_short_way_gives_the_same_text(tokenizer: Tokenizer, data: bytes, cut: int) -> None:
+    """Without stop strings and log-probabilities tokens take a shorter way through the code."""
+    ids = list(data)
+    chunks = [chunk for chunk in (ids[:cut], ids[cut:]) if chunk]
+    plain = SamplingParams(max_tokens=20)
+    long_way = SamplingParams(max_tokens=20, stop=["\x01 never \x01"])
+    expected = run(tokenizer, long_way, chunks)
+    assert run(tokenizer, plain, chunks) == expected
+    assert run(tokenizer, plain, [[one] for one in ids]) == expected

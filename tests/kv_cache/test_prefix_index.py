@@ -1,6 +1,7 @@
 """Digests name whole prefixes; the index is one-to-one."""
 
 import itertools
+from collections import Counter
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_of_two_equal_pages_the_first_stays_known():
     assert index.find(b"d") == 7
     index.forget(7)
     assert index.find(b"d") is None
-    index.check_integrity()
+    index.check_integrity(Counter())
 
 
 def test_a_page_has_one_content():

@@ -22,7 +22,8 @@ from jaxinfer.core.step import (
     StepOutput,
     TokenLogprobs,
 )
-from jaxinfer.scheduler.scheduler import Scheduler, SchedulerLimits
+from jaxinfer.scheduler.limits import SchedulerLimits
+from jaxinfer.scheduler.scheduler import Scheduler
 
 VOCAB_SIZE = 13
 EOS = 0

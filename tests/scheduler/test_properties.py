@@ -25,6 +25,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         threshold=st.sampled_from([0, 0, 1, 3]),
         enable_prefix_caching=st.booleans(),
         max_num_queued=st.sampled_from([2, 100]),
+        min_tokens_to_wait_for=st.sampled_from([1, 6, 128]),
     )
     def start(
         self,

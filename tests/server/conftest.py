@@ -96,14 +96,12 @@ async def serve(tokenizer_dir: Path) -> AsyncIterator[Serve]:
     """Starts servers; keywords are fields of ServerConfig, or options named below."""
     started: list[tuple[Served, web.AppRunner]] = []
 
-    async def start(
-        *, policy: str = "fcfs", stall_after_s: float = 60.0, defaults: Any = None, **config: Any
-    ) -> Served:
+    async def start(*, policy: str = "fcfs", defaults: Any = None, **config: Any) -> Served:
         core = FakeCore(scheduling_policy=policy)
         engine = AsyncEngine(core, load_tokenizer(tokenizer_dir), MODEL)
         await engine.start()
         settings = replace(ServerConfig(port=0), **config)
-        app = create_app(engine, settings, sampling_defaults=defaults, stall_after_s=stall_after_s)
+        app = create_app(engine, settings, sampling_defaults=defaults)
         runner = make_runner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -90,7 +90,7 @@ class _Sequence:
             stop_reason=stop_reason,
             num_cached_tokens=3 if not self.is_started else 0,
             queue_time_s=0.001 if not self.is_started else None,
-            error="NaN" if broken else None,
+            error="the logits are not finite" if broken else None,
         )
         self.is_started = True
         return update
@@ -194,4 +194,7 @@ class FakeCore:
                     del self.open[sequence.request.request_id]
             num_steps += 1
             stats = EngineStats(num_running=len(self.open), num_steps_total=num_steps)
-            self._messages.put_nowait(StepUpdate(sequences=updates, stats=stats))
+            # (A real step counts prompts too; here all but the broken ones give one token.)
+            num_tokens = sum(len(update.new_token_ids) for update in updates)
+            message = StepUpdate(sequences=updates, stats=stats, num_tokens=num_tokens)
+            self._messages.put_nowait(message)

@@ -182,7 +182,7 @@ async def test_the_official_client_sees_an_error_in_a_stream(served: Served) -> 
 
 
 async def test_a_stalled_engine_is_not_healthy(serve: Serve) -> None:
-    served = await serve(stall_after_s=0.2)
+    served = await serve(engine_stall_timeout=0.2)
     assert (await served.get("/health"))[0] == 200
     await asyncio.sleep(0.3)
     assert (await served.get("/health"))[0] == 200  # idle is not stalled

@@ -129,6 +129,8 @@ async def test_metrics(serve: Serve, prefix: str) -> None:
     assert value("prefix_cache_hits_total") == 0
     assert value("num_preemptions_total") == 0
     assert value("engine_steps_total") > 0
+    assert value("iteration_tokens_total_sum") == 16
+    assert 0 < value("iteration_tokens_total_count") <= value("engine_steps_total")
     http = {name: count for name, count in samples.items() if name.startswith("http_requests_t")}
     assert http == {
         'http_requests_total{handler="/v1/completions",method="POST",status="200"}': 2,

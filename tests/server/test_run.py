@@ -61,10 +61,18 @@ class Process:
 
 
 @asynccontextmanager
-async def running(model: Path, factory: str, *, shutdown_s: float = 0) -> AsyncIterator[Process]:
+async def running(
+    model: Path,
+    factory: str,
+    *,
+    shutdown_s: float = 0,
+    stall_s: float = 120,
+    max_restarts: int = 3,
+) -> AsyncIterator[Process]:
     handle = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "tests.server.serve_fake", str(model), factory, str(shutdown_s)),
+        *("-m", "tests.server.serve_fake", str(model), factory),
+        *map(str, (shutdown_s, stall_s, max_restarts)),
         cwd=ROOT,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -139,10 +147,35 @@ async def test_draining(tokenizer_dir: Path, shutdown_s: float) -> None:
         async with process.http.post(f"{process.url}/v1/completions", json=body) as response:
             first = await response.content.readuntil(b"\n\n")
             process.handle.send_signal(signal.SIGTERM)
+            if shutdown_s:
+                await process.until_line("shutting down")
+                # On a connection of its own: the socket still listens, and says what is the case.
+                async with (
+                    aiohttp.ClientSession() as other,
+                    other.post(f"{process.url}/v1/completions", json=body) as late,
+                ):
+                    assert late.status == 503
+                    assert int(late.headers["Retry-After"]) >= 1
+                    assert "shutting down" in (await late.json())["error"]["message"]
             data = frames((first + await response.content.read()).decode())
         assert await process.ends() == 0
     if shutdown_s:
         assert data[-1] == "[DONE]"
         assert data[-2]["choices"][0]["finish_reason"] == "length"
     else:
+        assert data[-1]["error"]["code"] == 503
+
+
+async def test_a_second_signal_hurries(tokenizer_dir: Path) -> None:
+    async with running(tokenizer_dir, "build_slow", shutdown_s=600) as process:
+        await process.until_ready()
+        body = {"prompt": "hi", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        async with process.http.post(f"{process.url}/v1/completions", json=body) as response:
+            first = await response.content.readuntil(b"\n\n")
+            process.handle.send_signal(signal.SIGTERM)
+            await process.until_line("shutting down")
+            assert process.handle.returncode is None
+            process.handle.send_signal(signal.SIGTERM)
+            data = frames((first + await response.content.read()).decode())
+        assert await process.ends() == 0
         assert data[-1]["error"]["code"] == 503

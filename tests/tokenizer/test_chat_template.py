@@ -114,7 +114,7 @@ def test_tool_call_arguments_are_parsed_and_reasoning_has_its_names() -> None:
     assert got == theirs(turn(arguments), templates.QWEN, add_generation_prompt=True)
     assert "<think>hm</think>" in got
     assert json.dumps(messages) == before  # the caller's objects are left alone
-    with pytest.raises(RequestError, match=r"messages\[1\].tool_calls\[0\].*not JSON"):
+    with pytest.raises(RequestError, match=r"messages\[1\].tool_calls\[0\].*must be JSON"):
         ours(templates.QWEN).render_chat(turn("{city"))
 
 
@@ -159,9 +159,9 @@ def test_continues_a_final_message_of_parts() -> None:
         ([{"role": "user", "content": 3}], r"messages\[0\].content must be"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-            "'image_url'; this model takes text parts only",
+            "type must be text, got 'image_url'",
         ),
-        ([{"role": "user", "content": [{"type": "text"}]}], "text must be a string"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "text is required"),
         ([{"role": "assistant", "tool_calls": [3]}], "function must be an object"),
         ([USER, USER], "refuses these messages: Roles must alternate"),
         ([SYSTEM], "cannot render|refuses"),
@@ -171,7 +171,7 @@ def test_bad_messages_are_the_callers_fault(messages: Any, message: str) -> None
     template = templates.LLAMA2 + "{{ messages[1].content + '' }}"
     with pytest.raises(RequestError, match=message) as caught:
         ours(template).render_chat(messages)
-    assert caught.value.param == "messages"
+    assert (caught.value.param or "").startswith("messages")
 
 
 @pytest.mark.parametrize(
