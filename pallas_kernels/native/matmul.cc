@@ -31,7 +31,7 @@ namespace {
 constexpr int kVecs = 2;                             // vectors of one row of a panel
 constexpr int kPanel = kVecs * kLanes;               // columns of a panel
 constexpr int kRows = kNumRegisters == 16 ? 6 : 12;  // rows of a tile: its sums fill the registers
-constexpr int64_t kDepth = 2048;           // k of one pass: a float32 panel stays in the second cache
+constexpr int64_t kDepth = 2048;           // k of one pass: a panel stays in the second cache
 constexpr int64_t kRowsBytes = 192 * 1024; // of x, likewise
 constexpr int64_t kItemBytes = 128 * 1024; // of weights, the most that a thread takes at a time
 constexpr int64_t kItemsPerThread = 8;     // aimed at, so that threads end together
@@ -161,42 +161,20 @@ int64_t RowsPerBlock(int64_t row_bytes) {
   return std::max<int64_t>(1, kRowsBytes / row_bytes / kRows) * kRows;
 }
 
-// A float32 panel out of pairs.
-[[maybe_unused]] void Expand(const uint32_t* pairs, int64_t depth, float* panel) {
-  for (int64_t k = 0; k < depth; k += 2, pairs += kPanel, panel += 2 * kPanel) {
-    for (int j = 0; j < kPanel; j += kLanes) {
-      const IntVec words = LoadPairs(pairs + j);
-      Store(panel + j, FirstOf(words));
-      Store(panel + kPanel + j, SecondOf(words));
-    }
-  }
-}
-
-// Multiplies panels [first, last), whatever their type, in float32.
+// Multiplies panels [first, last), of floats or of pairs, in float32.
 template <typename W>
-void FloatPanels(const Problem& p, int64_t first, int64_t last, std::vector<float>& scratch) {
-  constexpr bool kIsPairs = !std::is_same_v<W, float>;
-  constexpr int64_t kPerWord = kIsPairs ? 2 : 1;  // values of k in one W
+void FloatPanels(const Problem& p, int64_t first, int64_t last) {
+  constexpr int64_t kPerWord = std::is_same_v<W, float> ? 1 : 2;  // values of k in one W
   const int64_t block = RowsPerBlock(std::min(p.depth, kDepth) * sizeof(float));
-  const bool expand = kIsPairs && p.num_rows > kRows;
-  if (expand) scratch.resize(std::min(p.depth, kDepth) * kPanel);
   for (int64_t k = 0; k < p.depth; k += kDepth) {
     const int64_t depth = std::min(kDepth, p.depth - k);
     for (int64_t row = 0; row < p.num_rows; row += block) {
       const int64_t num_rows = std::min(block, p.num_rows - row);
       const float* x = p.x + row * p.depth + k;
       for (int64_t panel = first; panel < last; ++panel) {
-        const W* weight = static_cast<const W*>(p.weight) +
-                          (panel * p.depth + k) / kPerWord * kPanel;
-        const Place place = p.PlaceOf(row, panel, k > 0);
-        if constexpr (kIsPairs) {
-          if (expand) {
-            Expand(weight, depth, scratch.data());
-            TileRows(x, p.depth, num_rows, scratch.data(), depth, place);
-            continue;
-          }
-        }
-        TileRows(x, p.depth, num_rows, weight, depth, place);
+        const W* weight =
+            static_cast<const W*>(p.weight) + (panel * p.depth + k) / kPerWord * kPanel;
+        TileRows(x, p.depth, num_rows, weight, depth, p.PlaceOf(row, panel, k > 0));
       }
     }
   }
@@ -209,9 +187,7 @@ void OverPanels(ffi::ThreadPool& pool, const Problem& p, int64_t value_bytes, co
   const int64_t size = std::clamp<int64_t>(fair, 1, most);
   const int64_t num_items = (p.num_panels() + size - 1) / size;
   ParallelFor(pool, num_items, [&] {
-    return [&, scratch = std::vector<float>()](int64_t item) mutable {
-      work(item * size, std::min((item + 1) * size, p.num_panels()), scratch);
-    };
+    return [&](int64_t item) { work(item * size, std::min((item + 1) * size, p.num_panels())); };
   });
 }
 
@@ -273,20 +249,14 @@ void PairPanels(const Problem& p, const PairRows& x, int64_t first, int64_t last
 void MultiplyPairs(ffi::ThreadPool& pool, const Problem& p) {
 #if defined(JAXINFER_HAS_PAIR_PRODUCTS)
   const PairRows x(pool, p);
-  OverPanels(pool, p, 2, [&](int64_t first, int64_t last, std::vector<float>&) {
-    PairPanels(p, x, first, last);
-  });
+  OverPanels(pool, p, 2, [&](int64_t first, int64_t last) { PairPanels(p, x, first, last); });
 #else
-  OverPanels(pool, p, 2, [&](int64_t first, int64_t last, std::vector<float>& scratch) {
-    FloatPanels<uint32_t>(p, first, last, scratch);
-  });
+  OverPanels(pool, p, 2, [&](int64_t first, int64_t last) { FloatPanels<uint32_t>(p, first, last); });
 #endif
 }
 
 void MultiplyFloats(ffi::ThreadPool& pool, const Problem& p) {
-  OverPanels(pool, p, 4, [&](int64_t first, int64_t last, std::vector<float>& scratch) {
-    FloatPanels<float>(p, first, last, scratch);
-  });
+  OverPanels(pool, p, 4, [&](int64_t first, int64_t last) { FloatPanels<float>(p, first, last); });
 }
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
