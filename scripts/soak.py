@@ -323,7 +323,9 @@ def show(result: Report) -> None:
         print(f"{count:8}  {name}")
     for name, one in result.slopes.items():
         first, last, most = result.rss_mib.get(name, [0, 0, 0])
-        shown = "of too short a time" if one is None else f"{one.value:+.1f} +- {one.error:.1f} MiB/h"
+        shown = "of too short a run"
+        if one is not None:
+            shown = f"{one.value:+.1f} +- {one.error:.1f} MiB/h"
         print(f"{name:>8}  RSS {first} -> {last} MiB (most {most}), slope {shown}")
     print(f"{result.num_kills:8}  kills of the core")
     for problem in result.problems:

@@ -48,7 +48,7 @@ def apply_result(
     return _make_update(
         state,
         new_token_ids,
-        logprobs=result.logprobs if wants_logprobs and new_token_ids else None,
+        logprobs=list(result.logprobs) if wants_logprobs and new_token_ids else None,
         prompt_logprobs=prompt_logprobs,
     )
 
@@ -72,7 +72,7 @@ def _new_prompt_logprobs(
     """Those not passed on before: a preempted request computes part of its prompt twice."""
     num_seen = state.num_prompt_logprobs - seq.start
     assert num_seen >= 0, "prompt logprobs were skipped"
-    new = result.prompt_logprobs[num_seen:]
+    new = list(result.prompt_logprobs[num_seen:])
     state.num_prompt_logprobs += len(new)
     return new
 

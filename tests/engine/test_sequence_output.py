@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jaxinfer.core.messages import SequenceUpdate
 from jaxinfer.core.outputs import CompletionOutput
 from jaxinfer.core.sampling_params import SamplingParams
+from jaxinfer.core.step import TokenLogprobs
 from jaxinfer.engine.sequence_output import SequenceOutput
 from jaxinfer.tokenizer.tokenizer import Tokenizer
 from tests.engine.fake_runner import EOS
@@ -171,3 +172,28 @@ def test_the_short_way_gives_the_same_text(tokenizer: Tokenizer, data: bytes, cu
     expected = run(tokenizer, long_way, chunks)
     assert run(tokenizer, plain, chunks) == expected
     assert run(tokenizer, plain, [[one] for one in ids]) == expected
+
+
+@pytest.mark.parametrize("num_in_prompt", [1, 2, 3])
+def test_a_character_that_the_prompt_began(tokenizer: Tokenizer, num_in_prompt: int) -> None:
+    """One token is one byte here, so the prompt's last three count."""
+    begun, rest = "x😀".encode()[: 1 + num_in_prompt], "😀".encode()[num_in_prompt:]
+    output = SequenceOutput(0, [*begun], SamplingParams(), tokenizer)
+    output.add(
+        SequenceUpdate(request_id="r", new_token_ids=[*rest, ord("a")], finish_reason="length")
+    )
+    assert output.snapshot().text == "😀a"
+
+
+def test_every_token_has_its_log_probability(tokenizer: Tokenizer) -> None:
+    output = SequenceOutput(0, [1], SamplingParams(logprobs=0), tokenizer)
+    for token, finish in ((97, None), (98, None), (99, "length")):
+        entry = TokenLogprobs([token], [-token / 100], 1)
+        output.add(
+            SequenceUpdate(
+                request_id="r", new_token_ids=[token], logprobs=[entry], finish_reason=finish
+            )
+        )
+    whole = output.snapshot()
+    assert [list(values) for values in whole.logprobs or []] == [[97], [98], [99]]
+    assert whole.cumulative_logprob == pytest.approx(-2.94)

@@ -68,6 +68,15 @@ def test_only_what_is_missing_counts() -> None:
     sim.drain()
 
 
+def test_what_is_there_and_what_is_coming_are_told_apart() -> None:
+    sim = simulate()
+    sim.add(make_request("old", [*PROMPT][:5], 1))
+    sim.drain()
+    sim.add(make_request("a", PROMPT), make_request("b", PROMPT))
+    assert shares(sim.step()) == {"a": 20}
+    sim.drain()
+
+
 @pytest.mark.parametrize("salts", [("x", "y"), (None, "")])
 def test_salts_do_not_wait_for_each_other(salts: tuple[str | None, str | None]) -> None:
     sim = simulate()
