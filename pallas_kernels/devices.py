@@ -28,7 +28,6 @@ class TpuSpec:
     ops_int8_per_s: float | None  # None: no faster than bfloat16
     flops_fp8_per_s: float | None
     mxu_dim: int  # rows and columns of a matrix unit
-    scalars_per_s: float = 1e9  # order of magnitude of a core's clock: costs of issuing a DMA
     dma_latency_s: float = 2e-6  # HBM to VMEM and its completion seen; order of magnitude
 
 

@@ -114,4 +114,7 @@ def _choose_tpu_blocks(device_kind: str, num_cores: int, shape: AttentionShape) 
     refused = refusal(shape)
     if refused is not None:
         return refused
-    return choose_blocks(replace(device, num_cores=num_cores), shape)
+    blocks = choose_blocks(replace(device, num_cores=num_cores), shape)
+    if blocks is None:
+        return f"two blocks of {shape.page_size}-token pages do not fit the VMEM of {device.name}"
+    return blocks

@@ -30,7 +30,7 @@ def platform_of(device: Device) -> str:
 
 
 def attention_shape(config: EngineConfig, definition: ModelDef) -> AttentionShape:
-    """What attention kernels are made for: the layers' heads on one device; `config` is resolved."""
+    """What attention kernels are made for, on one device; `config` is resolved."""
     shape, tensor = definition.shape, config.parallel.tensor_parallel_size
     return AttentionShape(
         num_kv_heads=shape.num_kv_heads // tensor,

@@ -92,14 +92,19 @@ def sequences(draw: st.DrawFn, shapes: Shapes, *, decode_only: bool) -> list[Seq
 
 
 def random_params(shapes: Shapes, *, sinks: bool, scales: bool, seed: int = 0) -> AttentionParams:
-    """Sinks about as large as logits are, scales that fill the range of one byte."""
+    """Sinks about as large as logits are, scales that fill the range of one byte.
+
+    Scales are powers of two, so that a quotient at the edge between two stored values is the same
+    whether a compiler divides or multiplies by the inverse. Neighbouring heads have others.
+    """
     rng = np.random.default_rng(seed)
-    unit = 1 / 40 if shapes.page_np_dtype == np.int8 else 1 / 100
-    scale_K = unit * rng.uniform(0.5, 1.5, (2, shapes.K)).astype(np.float32)
+    largest = -4 if shapes.page_np_dtype == np.int8 else -6
+    exponent_K = largest - np.arange(shapes.K) % 2
+    scale_K = np.exp2(exponent_K).astype(np.float32)
     return AttentionParams(
         sinks_KG=rng.normal(size=(shapes.K, shapes.G)).astype(np.float32) if sinks else None,
-        k_scale_K=scale_K[0] if scales else None,
-        v_scale_K=scale_K[1] if scales else None,
+        k_scale_K=scale_K if scales else None,
+        v_scale_K=scale_K / 2 if scales else None,
     )
 
 
