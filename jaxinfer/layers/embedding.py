@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxinfer.layers.batch_types import LayerContext
 from jaxinfer.layers.einsum import weight
 from jaxinfer.layers.packing import packed_weight, packing_of
-from jaxinfer.parallel.rules import TENSOR_AXIS, replicated
+from jaxinfer.parallel.rules import TENSOR_AXIS, replicated, sharding_of
 
 
 class Embedding(nnx.Module):
@@ -53,4 +53,6 @@ class Embedding(nnx.Module):
         logits_SV = jnp.einsum(
             "SD,VD->SV", x_SD, self.table.get_value(), preferred_element_type=jnp.float32
         )
+        # First split as the table is, or XLA may gather the table instead of the logits.
+        logits_SV = jax.lax.with_sharding_constraint(logits_SV, sharding_of(self.mesh, "SV"))
         return jax.lax.with_sharding_constraint(logits_SV, replicated(self.mesh))

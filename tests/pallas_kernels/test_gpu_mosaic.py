@@ -122,6 +122,7 @@ def test_a_block_of_queries():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the simulator compiles every thread block anew
 @pytest.mark.parametrize("name", SLOW)
 def test_the_op(name: str):
     case, found = SLOW[name]
