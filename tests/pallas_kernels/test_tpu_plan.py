@@ -131,7 +131,7 @@ def table(fields: jax.Array, count: int) -> np.ndarray:
     return np.asarray(fields).reshape(count, -1).T
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_chunks_and_writes_cover_every_token_once(data: st.DataObject):
     found = data.draw(sequences(SHAPES, decode_only=False))
