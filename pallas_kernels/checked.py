@@ -1,6 +1,8 @@
 """Kernels of a GPU that were tried on it before they are used.
 
-Joins the choice (dispatch.py) and the check (paged_attention/check.py); runs on the default device.
+Joins the choice (dispatch.py) and the check (paged_attention/check.py), which runs on the default
+device of this process unless another is given: one in a process of its own survives a kernel that
+hangs or faults (paged_attention/check_main.py).
 """
 
 from collections.abc import Callable
@@ -16,8 +18,8 @@ Check = Callable[[KernelSet], CheckReport]
 def choose_checked_kernels(request: GpuRequest, *, check: Check | None = None) -> KernelSet:
     """Chooses until an implementation passes its check; `reasons` tell what came of it.
 
-    What was asked for by name is kept whatever the check says, and so is XLA's, the last one:
-    then the reasons say that it failed.
+    What was asked for by name is kept whatever the check says: then the reasons say that it failed.
+    XLA's, the last one, is not checked: there is nothing to fall back to.
     """
 
     def check_here(kernels: KernelSet) -> CheckReport:
@@ -27,18 +29,18 @@ def choose_checked_kernels(request: GpuRequest, *, check: Check | None = None) -
     rejected = dict(request.rejected)
     while True:
         kernels = choose_kernels(platform="gpu", gpu=replace(request, rejected=rejected))
+        if kernels.attention_backend == "xla":
+            return kernels
         report = run_check(kernels)
-        is_last = request.override != "auto" or kernels.attention_backend == "xla"
-        if report.failure is None or is_last:
+        if report.failure is None or request.override != "auto":
             return replace(kernels, reasons=(*kernels.reasons, _describe(kernels, report)))
         rejected[kernels.attention_backend] = f"its check failed: {report.failure}"
 
 
 def _describe(kernels: KernelSet, report: CheckReport) -> str:
     if report.failure is not None:
-        result = f"FAILED, and there is nothing to fall back to: {report.failure}"
+        result = f"FAILED, and is used because it was asked for: {report.failure}"
     else:
         result = f"right, largest error {report.max_error:.2g}"
-    return (
-        f"check of paged_attention ({kernels.attention_backend}): {result}; {report.seconds:.1f} s"
-    )
+    # No seconds: the reasons name compiled programs.
+    return f"check of paged_attention ({kernels.attention_backend}): {result}"

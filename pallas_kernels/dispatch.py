@@ -28,7 +28,7 @@ class KernelSet:
     kv_storage_dtype: Callable[[DTypeLike], jnp.dtype]  # of page arrays that hold a dtype
     matmul: PanelMatmul | None  # stores weights for itself; None: XLA's own over plain weights
     reasons: tuple[str, ...]  # one line an op: what was chosen and why
-    attention_backend: str = "xla"  # the name by which gpu_choice.py may be told to pass it over
+    attention_backend: str = "xla"  # the name by which it is asked for or passed over
 
 
 def _as_it_is(dtype: DTypeLike) -> jnp.dtype:
@@ -43,6 +43,7 @@ def choose_kernels(
     device_kind: str = "",
     num_cores: int = 1,
     attention_shape: AttentionShape | None = None,
+    attention_backend: str = "auto",
     gpu: GpuRequest | None = None,
 ) -> KernelSet:
     """The kernels for a platform ("cpu", "gpu", "tpu").
@@ -51,21 +52,26 @@ def choose_kernels(
     the model's layers on one device: kernels that are made for a device and shape need both.
     `native` are a CPU's, if they were asked for. `stored_weights` is the type in which its
     product may store weights; None leaves them as they are, for XLA's product.
-    `gpu`: the device and the layers' shape; without it a GPU has XLA's attention.
+    `attention_backend` "xla" passes a CPU's and a TPU's own kernel over; whoever asks for one of
+    those by name compares it with the result's.
+    `gpu`: the device, the layers' shape and what was asked for; without it a GPU has XLA's.
     """
     if platform == "gpu" and gpu is not None:
         return _choose_for_gpu(gpu)
-    reason = f"XLA ops, the only implementation for {platform} so far"
+    backend, reason = "xla", f"XLA ops, the only implementation for {platform} so far"
     attention: PagedAttention = xla.paged_attention
-    if native is not None and native.paged_attention is not None:
-        reason = native.paged_attention_reason
+    plan: PlanAttention = xla.plan
+    if attention_backend == "xla":
+        reason = "XLA ops, as asked for"
+    elif native is not None and native.paged_attention is not None:
+        backend, reason = "native", native.paged_attention_reason
         attention = cpu.make_paged_attention(native.paged_attention)
     elif native is not None:
         reason = f"XLA ops, since the C++ kernel is not to be had: {native.paged_attention_reason}"
-    plan: PlanAttention = xla.plan
-    if platform == "tpu" and attention_shape is not None:
+    elif platform == "tpu" and attention_shape is not None:
         blocks = _choose_tpu_blocks(device_kind, num_cores, attention_shape)
         if isinstance(blocks, TpuBlocks):
+            backend = "pallas_tpu"
             plan = tpu.make_plan(attention_shape, blocks)
             attention = tpu.make_paged_attention(attention_shape, blocks)
             reason = f"Pallas for {device_kind}, {blocks.describe(attention_shape)}"
@@ -78,6 +84,7 @@ def choose_kernels(
         kv_storage_dtype=xla.storage_dtype if platform == "cpu" else _as_it_is,
         matmul=matmul,
         reasons=(f"paged_attention: {reason}", f"matmul: {matmul_reason}"),
+        attention_backend=backend,
     )
 
 

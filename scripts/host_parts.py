@@ -89,7 +89,7 @@ class InstantRunner:
             max_num_seqs=num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens or 4096,
             max_model_len=config.model.max_model_len or MAX_MODEL_LEN,
-            page_size=config.cache.block_size,
+            page_size=config.cache.block_size or 16,
             num_pages=num_pages,
         )
         self.vocab_size = VOCAB_SIZE

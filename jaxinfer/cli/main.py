@@ -29,6 +29,8 @@ COMMANDS = {
     "chat": Command("jaxinfer.cli.chat", "talk to a model in the terminal"),
     "models": Command("jaxinfer.cli.models", "list, show, pull and convert models"),
     "info": Command("jaxinfer.cli.info", "versions, devices, what is enabled and why not"),
+    "plan": Command("jaxinfer.cli.plan", "does a model fit a machine, and how fast could it be"),
+    "build": Command("jaxinfer.cli.build", "compile a model's programs ahead of its start"),
     "bench": Command("jaxinfer.cli.bench", "measure throughput"),
 }
 

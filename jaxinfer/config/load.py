@@ -28,7 +28,6 @@ VLLM_ONLY = {
     "hf_token": "set HF_TOKEN in the environment",
     "uvicorn_log_level": "use --log-level",
     "enable_log_requests": "requests are logged unless --disable-log-requests is given",
-    "attention_backend": "the kernel is chosen from device and shapes, see `jaxinfer info`",
     "distributed_executor_backend": "one process drives all devices of a host",
     "compilation_config": "use --compile-cache, --token-buckets and --num-compile-workers",
 }

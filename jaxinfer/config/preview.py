@@ -35,6 +35,7 @@ OPEN = {
     "device": "what JAX finds at the start",
     "dtype": "float32 on a CPU, bfloat16 on a TPU, on a GPU the checkpoint's if it has 16 bits",
     "kv_cache_dtype": "the dtype",
+    "attention_backend": "the best that the device has",
     "max_model_len": "the model's max_position_embeddings",
     "max_num_seqs": "64 on a CPU, 256 elsewhere",
     "max_num_batched_tokens": "512 on a CPU, 2048 on a TPU, 8192 on a GPU",

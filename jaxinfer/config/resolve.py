@@ -5,14 +5,15 @@ the checkpoint and the devices already.
 
 After it no setting says "auto" or None where a number, a type or a path is meant. What stays None
 is an override that was not given (`num_gpu_blocks_override`, `revision`, `tokenizer`, ...); what
-stays "auto" is a mode: `load_format` (the checkpoint reader tells formats apart) and
-`generation_config` ("the model's"). `token_buckets` may stay empty: the runner makes them from the
-sizes chosen here.
+stays "auto" is a mode: `load_format` (the checkpoint reader tells formats apart),
+`generation_config` ("the model's") and `attention_backend` (a GPU's is tried before it is chosen).
+`token_buckets` may stay empty: the runner makes them from the sizes chosen here.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxinfer.config.env import cache_dir
@@ -23,7 +24,16 @@ from jaxinfer.errors import ConfigError
 
 _MAX_NUM_SEQS = {"cpu": 64}
 _MAX_NUM_SEQS_ELSEWHERE = 256
+_PAGE_SIZE = 16
 _MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "tpu": 2048, "gpu": 8192}
+ATTENTION_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "cpu": ("native", "xla"),
+        "gpu": ("mosaic_gpu", "triton", "xla"),
+        "tpu": ("pallas_tpu", "xla"),
+    }
+)
+"""By platform, from the one wanted most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +52,8 @@ class DeviceFacts:
     device_kind: str
     num_devices: int
     memory_bytes: int  # of one device
+    # Of a --kv-cache-dtype: the tokens of a page that its kernels read best. None: no matter.
+    page_size: Callable[[str], int] | None = None
 
 
 class Choice(NamedTuple):
@@ -86,6 +98,15 @@ def _device(values: dict[str, Any], device: DeviceFacts) -> Iterable[Choice]:
         )
 
 
+def _check_attention_backend(values: dict[str, Any], device: DeviceFacts) -> None:
+    asked, there = values["attention_backend"], ATTENTION_BACKENDS[device.platform]
+    if asked not in ("auto", *there):
+        raise ConfigError(
+            f"attention_backend={asked!r} is not for {device.platform!r} ({device.device_kind}), "
+            f"which has {' and '.join(there)}. Name one of those, or leave the flag out."
+        )
+
+
 def _dtypes(values: dict[str, Any], model: ModelFacts, device: DeviceFacts) -> Iterable[Choice]:
     dtype = values["dtype"]
     if dtype == "auto":
@@ -97,8 +118,16 @@ def _dtypes(values: dict[str, Any], model: ModelFacts, device: DeviceFacts) -> I
             dtype, reason = "bfloat16", f"the checkpoint's is {model.dtype}"
         yield Choice("dtype", dtype, reason)
     yield from _weight_dtype(values, dtype, model, device)
-    if values["kv_cache_dtype"] == "auto":
+    kv_cache_dtype = values["kv_cache_dtype"]
+    if kv_cache_dtype == "auto":
+        kv_cache_dtype = dtype
         yield Choice("kv_cache_dtype", dtype, "the dtype")
+    if values["block_size"] is None:
+        if device.page_size is None:
+            yield Choice("block_size", _PAGE_SIZE, f"usual on {device.platform}")
+        else:
+            size = device.page_size(kv_cache_dtype)
+            yield Choice("block_size", size, f"a page is read as fast as {device.device_kind} can")
 
 
 def _weight_dtype(
@@ -162,6 +191,7 @@ def resolve(config: EngineConfig, model: ModelFacts, device: DeviceFacts) -> Res
     """
     assert device.platform in _MAX_NUM_BATCHED_TOKENS, device.platform
     values = flatten(config)
+    _check_attention_backend(values, device)
     choices = (
         *_device(values, device),
         *_dtypes(values, model, device),

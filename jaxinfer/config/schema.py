@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8", "fp8_e4m3"]
+AttentionBackend = Literal["auto", "native", "xla", "pallas_tpu", "mosaic_gpu", "triton"]
 
 
 def option(
@@ -75,9 +77,13 @@ class ModelConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    block_size: int = option(default=16, help="tokens a page of the KV cache holds")
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        default="auto", help="type of KV pages (auto: the model's dtype)"
+    block_size: int | None = option(
+        default=None, help="tokens a page of the KV cache holds (a TPU's kernels choose; else 16)"
+    )
+    kv_cache_dtype: KVCacheDType = option(
+        default="auto",
+        help="type of KV pages (auto: the model's dtype); with 8 bits each head has a scale, from "
+        "the checkpoint or measured at the start. fp8 is fp8_e4m3",
     )
     gpu_memory_utilization: float = option(
         default=0.92,
@@ -137,6 +143,12 @@ class CompileConfig:
     compile_cache: str = option(
         default="auto",
         help="directory of compiled programs (auto: under the cache directory; none: off)",
+    )
+    attention_backend: AttentionBackend = option(
+        default="auto",
+        help="implementation of attention: native (C++) or xla on a CPU, pallas_tpu or xla on a "
+        "TPU, mosaic_gpu (Hopper), triton or xla on a GPU. auto: the best that the device has, "
+        "which on a GPU must pass a check there",
     )
     native_kernels: bool = option(
         default=True,

@@ -144,6 +144,11 @@ def _check_combinations(values: dict[str, Any]) -> None:
             f"max_num_batched_tokens={tokens} is below max_num_seqs={seqs}: every running sequence "
             "needs a token in each step. Raise the first or lower the second."
         )
+    if values["attention_backend"] == "native" and not values["native_kernels"]:
+        raise ConfigError(
+            "attention_backend='native' contradicts native_kernels=False, which leaves out C++. "
+            "Drop one of the two."
+        )
     buckets = values["token_buckets"]
     if buckets and tokens is not None and buckets[-1] > tokens:
         raise ConfigError(

@@ -4,7 +4,24 @@ Per layer the cache is one array [num_pages, num_kv_heads, page_size, 2 * head_d
 dimension holds K, then V.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+
+PAGE_DTYPES: Mapping[str, str] = MappingProxyType(
+    {"int8": "int8", "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
+)
+"""--kv-cache-dtype -> dtype of values that are stored divided by a scale."""
+
+
+def page_dtype(kv_cache_dtype: str) -> str:
+    """The dtype that pages hold, of a resolved --kv-cache-dtype."""
+    return PAGE_DTYPES.get(kv_cache_dtype, kv_cache_dtype)
+
+
+def has_scales(kv_cache_dtype: str) -> bool:
+    """Whether a layer needs scales for its pages."""
+    return kv_cache_dtype in PAGE_DTYPES
 
 
 def num_pages_for(num_tokens: int, page_size: int) -> int:

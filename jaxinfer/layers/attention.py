@@ -6,6 +6,7 @@ the merged projection (its queries, its key, its value), H head dim.
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array, shard_map
 from jax.sharding import PartitionSpec
@@ -15,7 +16,12 @@ from jaxinfer.layers.einsum import Einsum
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rope import RopeAngles, apply_rope
 from jaxinfer.parallel.rules import spec_of
-from pallas_kernels.paged_attention.api import AttentionBatch, AttentionSpec
+from pallas_kernels.paged_attention.api import (
+    NO_PARAMS,
+    AttentionBatch,
+    AttentionParams,
+    AttentionSpec,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,9 @@ class Attention(nnx.Module):
         eps = config.qk_norm_eps
         self.q_norm = RMSNorm(context, "H", eps=eps, **dims) if eps is not None else None
         self.k_norm = RMSNorm(context, "H", eps=eps, **dims) if eps is not None else None
+        # Not weights of the model: runner/kv_scales.py makes them.
+        self.k_scale = _scale(config, "k") if context.kv_scales else None
+        self.v_scale = _scale(config, "v") if context.kv_scales else None
         self.config = config
         self.paged_attention = context.kernels.paged_attention
         self.mesh = context.mesh
@@ -61,12 +70,14 @@ class Attention(nnx.Module):
         """[T, D] and the layer's pages -> [T, D] and the pages with the step's K/V."""
         qkv_TKRH = self.qkv(x_TD, num_rows=batch.num_tokens)
         group = self.config.queries_per_kv
-        q_TKGH = qkv_TKRH[:, :, :group]
-        k_TKH, v_TKH = qkv_TKRH[:, :, group], qkv_TKRH[:, :, group + 1]
+        # Queries and key together: apart, XLA:TPU shuffles them for longer than it turns them.
+        qk_TKRH, v_TKH = qkv_TKRH[:, :, : group + 1], qkv_TKRH[:, :, group + 1]
         if self.q_norm is not None and self.k_norm is not None:
-            q_TKGH, k_TKH = self.q_norm(q_TKGH), self.k_norm(k_TKH)
+            q_TKGH = self.q_norm(qk_TKRH[:, :, :group])
+            qk_TKRH = jnp.concatenate([q_TKGH, self.k_norm(qk_TKRH[:, :, group:])], axis=2)
         if self.config.use_rope:
-            q_TKGH, k_TKH = apply_rope(q_TKGH, angles), apply_rope(k_TKH, angles)
+            qk_TKRH = apply_rope(qk_TKRH, angles)
+        q_TKGH, k_TKH = qk_TKRH[:, :, :group], qk_TKRH[:, :, group]
         out_TKGH, pages_PKBC = self._attend(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch)
         return self.out(out_TKGH, num_rows=batch.num_tokens), pages_PKBC
 
@@ -75,11 +86,21 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array]:
         """The op on each device's own heads: kernels never see the mesh."""
         spec = AttentionSpec(scale=self.config.scale, window=self.config.window)
+        params = NO_PARAMS
+        if self.k_scale is not None and self.v_scale is not None:
+            params = AttentionParams(
+                k_scale_K=self.k_scale.get_value(), v_scale_K=self.v_scale.get_value()
+            )
 
         def local(
-            q: Array, k: Array, v: Array, pages: Array, metadata: AttentionBatch
+            q: Array,
+            k: Array,
+            v: Array,
+            pages: Array,
+            metadata: AttentionBatch,
+            params: AttentionParams,
         ) -> tuple[Array, Array]:
-            return self.paged_attention(q, k, v, pages, metadata, spec)
+            return self.paged_attention(q, k, v, pages, metadata, spec, params)
 
         pages_spec = spec_of("PKBC")
         return shard_map(
@@ -91,7 +112,13 @@ class Attention(nnx.Module):
                 spec_of("TKH"),
                 pages_spec,
                 PartitionSpec(),
+                spec_of("K"),  # of each scale
             ),
             out_specs=(spec_of("TKGH"), pages_spec),
             check_vma=False,
-        )(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch.attention)
+        )(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch.attention, params)
+
+
+def _scale(config: AttentionConfig, part: str) -> nnx.Param:
+    """Of each KV head: what is stored times the scale is the key or value."""
+    return nnx.Param(jnp.ones(config.num_kv_heads, jnp.float32), spec=spec_of("K"), kv_scale=part)

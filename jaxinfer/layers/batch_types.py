@@ -26,3 +26,4 @@ class LayerContext(NamedTuple):
     mesh: Mesh
     kernels: KernelSet
     dtype: str  # of weights and activations: "float32", "bfloat16", "float16"
+    kv_scales: bool = False  # whether pages hold keys and values divided by a scale of each head

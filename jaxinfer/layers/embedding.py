@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxinfer.layers.batch_types import LayerContext
 from jaxinfer.layers.einsum import weight
 from jaxinfer.layers.packing import packed_weight, packing_of
-from jaxinfer.parallel.rules import TENSOR_AXIS, replicated, sharding_of
+from jaxinfer.parallel.rules import TENSOR_AXIS, sharding_of
 
 
 class Embedding(nnx.Module):
@@ -45,7 +45,7 @@ class Embedding(nnx.Module):
         )(token_ids_T, self.table.get_value())
 
     def attend(self, x_SD: Array, *, num_rows: Array) -> Array:
-        """[S, D] -> logits [S, V], float32, whole on every device; see Einsum for `num_rows`."""
+        """[S, D] -> logits [S, V], float32, split as the table is; see Einsum for `num_rows`."""
         if self.packing is not None:
             return self.packing.matmul(
                 x_SD.astype(jnp.float32), self.table.get_value(), num_rows=num_rows
@@ -53,6 +53,5 @@ class Embedding(nnx.Module):
         logits_SV = jnp.einsum(
             "SD,VD->SV", x_SD, self.table.get_value(), preferred_element_type=jnp.float32
         )
-        # First split as the table is, or XLA may gather the table instead of the logits.
-        logits_SV = jax.lax.with_sharding_constraint(logits_SV, sharding_of(self.mesh, "SV"))
-        return jax.lax.with_sharding_constraint(logits_SV, replicated(self.mesh))
+        # Said here, or XLA may gather the table for a user that wants whole logits.
+        return jax.lax.with_sharding_constraint(logits_SV, sharding_of(self.mesh, "SV"))

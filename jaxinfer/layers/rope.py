@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -146,6 +147,30 @@ def rope_angles(positions_T: Array, config: RopeConfig) -> RopeAngles:
     angle_TH = positions_T.astype(jnp.float32)[:, None] * inv_freq[None, :]
     factor = jnp.float32(config.attention_factor)
     return RopeAngles(cos_TH=jnp.cos(angle_TH) * factor, sin_TH=jnp.sin(angle_TH) * factor)
+
+
+def shared_rope_angles(positions_T: Array, config: RopeConfig) -> RopeAngles:
+    """`rope_angles` for all layers of a step, computed once.
+
+    XLA would rather compute sines again in every layer than read them. A barrier stops it, but
+    XLA:CPU drops barriers before it fuses; a branch it keeps (docs/benchlog.md).
+    """
+
+    def angles(positions_T: Array) -> RopeAngles:
+        return rope_angles(positions_T, config)
+
+    def none(positions_T: Array) -> RopeAngles:
+        zeros_TH = jnp.zeros((positions_T.shape[0], len(config.inv_freq)), jnp.float32)
+        return RopeAngles(cos_TH=zeros_TH, sin_TH=zeros_TH)
+
+    def branch(positions_T: Array) -> RopeAngles:
+        # No position is negative, which XLA does not know.
+        return jax.lax.cond(positions_T[0] >= 0, angles, none, positions_T)
+
+    def barrier(positions_T: Array) -> RopeAngles:
+        return jax.lax.optimization_barrier(angles(positions_T))
+
+    return jax.lax.platform_dependent(positions_T, cpu=branch, default=barrier)
 
 
 def apply_rope(x: Array, angles: RopeAngles) -> Array:

@@ -26,7 +26,8 @@ class CausalLM(Protocol):
         ...
 
     def logits(self, hidden_SD: Array, *, num_rows: Array) -> Array:
-        """[S, D] -> float32 [S, V]; V may be padded beyond the vocabulary.
+        """[S, D] -> float32 [S, V], split over the mesh by V, which may be padded beyond the
+        vocabulary.
 
         Rows from `num_rows` (int32 scalar) on are padding.
         """
@@ -44,6 +45,7 @@ class ModelShape:
     vocab_size: int  # true size; logits may have more columns
     max_position_embeddings: int
     checkpoint_dtype: str  # "bfloat16", ... as config.json states it
+    kv_source: tuple[int, ...] = ()  # the model's head of each KV head, -1 for a dummy; (): itself
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,11 @@ from jaxinfer.layers.einsum import Einsum
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.mlp import GatedMLP
 from jaxinfer.layers.norm import RMSNorm
-from jaxinfer.layers.rope import RopeAngles, rope_angles
+from jaxinfer.layers.rope import RopeAngles, shared_rope_angles
 from jaxinfer.models.base import ModelDef, ModelShape
 from jaxinfer.models.hf_config import checkpoint_dtype, require
 from jaxinfer.models.llama_config import LlamaConfig, config_from_hf
 from jaxinfer.models.llama_weights import is_optional, llama_pieces
-from jaxinfer.parallel.rules import replicated
 
 
 class DecoderLayer(nnx.Module):
@@ -91,13 +90,11 @@ class Llama(nnx.Module):
         self.final_norm = RMSNorm(context, "D", eps=config.norm_eps, D=D)
         self.head = None if config.tie_embeddings else Einsum(context, "SD,DV->SV", D=D, V=V)
         self.config = config
-        self.whole = replicated(context.mesh)
 
     def __call__(
         self, token_ids_T: Array, pages_L: tuple[Array, ...], batch: StepBatch
     ) -> tuple[Array, tuple[Array, ...]]:
-        # Behind a barrier, or XLA computes the sines again in every layer.
-        angles = jax.lax.optimization_barrier(rope_angles(batch.positions_T, self.config.rope))
+        angles = shared_rope_angles(batch.positions_T, self.config.rope)
         x_TD = self.embedding(token_ids_T) * self.config.embedding_multiplier
         new_pages_L = []
         for layer, pages_PKBC in zip(self.layers, pages_L, strict=True):
@@ -110,7 +107,6 @@ class Llama(nnx.Module):
             logits_SV = self.embedding.attend(hidden_SD, num_rows=num_rows)
         else:
             logits_SV = self.head(hidden_SD, num_rows=num_rows)
-            logits_SV = jax.lax.with_sharding_constraint(logits_SV, self.whole)
         return logits_SV.astype("float32") / self.config.logits_divisor
 
 
@@ -126,6 +122,7 @@ def llama_family(config: Mapping[str, Any], *, tensor: int) -> ModelDef:
             vocab_size=parsed.vocab_size,
             max_position_embeddings=int(require(config, "max_position_embeddings")),
             checkpoint_dtype=checkpoint_dtype(config),
+            kv_source=parsed.heads.kv_source,
         ),
         build=lambda context: Llama(context, parsed),
         pieces=llama_pieces(parsed),

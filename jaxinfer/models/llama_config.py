@@ -9,6 +9,8 @@ from jaxinfer.layers.rope import RopeConfig, rope_from_hf
 from jaxinfer.models.hf_config import refuse_unknown, require
 from jaxinfer.parallel.heads import HeadLayout, plan_heads
 
+_LANES = 128
+_MOST_PADDING = 16  # at most a part in so many of the vocabulary is padding
 QK_NORM_TYPES = ("qwen3",)
 QKV_BIAS_TYPES = ("qwen2",)  # always biased; the others say so with `attention_bias`
 
@@ -46,7 +48,13 @@ class LlamaConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        return self.vocab_size + -self.vocab_size % self.tensor
+        """Whole registers on each device, unless that is much more.
+
+        A TPU stores a matrix of other widths transposed, and copies it wherever a loop uses it.
+        """
+        columns = _LANES * self.tensor
+        multiple = columns if self.vocab_size >= _MOST_PADDING * columns else self.tensor
+        return self.vocab_size + -self.vocab_size % multiple
 
 
 _COMMON_KEYS = frozenset(

@@ -12,7 +12,10 @@ from jaxinfer.models.pieces import Arrange, ParamPieces, Piece, Region
 
 
 def is_optional(name: str, *, tied: bool) -> bool:
-    """Tensors that checkpoints carry and nobody needs: rope tables, a tied head's copy."""
+    """Tensors that checkpoints carry and not everybody needs: rope tables, a tied head's copy,
+    scales of an 8-bit KV cache."""
+    if ".self_attn." in name and name.endswith(("k_scale", "v_scale", "_proj.output_scale")):
+        return True
     return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
 
 

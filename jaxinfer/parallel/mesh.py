@@ -28,6 +28,10 @@ class Device(Protocol):
     def device_kind(self) -> str: ...
     @property
     def num_cores(self) -> int: ...  # TPUs have it
+    @property
+    def core_count(self) -> int: ...  # GPUs have it, and the next
+    @property
+    def compute_capability(self) -> str: ...
     def memory_stats(self) -> dict[str, Any]: ...
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxinfer.core.limits import EngineLimits
-from jaxinfer.kv_cache.layout import num_pages_for
+from jaxinfer.kv_cache.layout import has_scales, num_pages_for, page_dtype
 from jaxinfer.layers.batch_types import LayerContext
 from jaxinfer.layers.packing import Packing
 from jaxinfer.models.base import ModelDef
@@ -22,6 +22,13 @@ from jaxinfer.runner.runner import Allocate, DeviceMemory
 from jaxinfer.runner.step_fn import DeviceState, StepModel
 from jaxinfer.sampling.state import init_state
 from pallas_kernels.dispatch import KernelSet
+
+
+class KVScale(NamedTuple):
+    """Which scale a parameter is."""
+
+    layer: int
+    part: str  # "k" or "v"
 
 
 class AbstractModel(NamedTuple):
@@ -35,6 +42,12 @@ class AbstractModel(NamedTuple):
     variables: tuple[nnx.Variable, ...]
     params: dict[str, jax.ShapeDtypeStruct]  # by dotted path, with shardings; in order
     packings: dict[str, Packing]  # of the params that are stored otherwise than as arrays
+    kv_scales: dict[str, KVScale]  # the params that no checkpoint need have
+
+    @property
+    def checkpoint_params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Those that a checkpoint must have."""
+        return {path: p for path, p in self.params.items() if path not in self.kv_scales}
 
     @property
     def weight_bytes(self) -> int:
@@ -55,6 +68,7 @@ class AbstractModel(NamedTuple):
             paths=self.paths,
             variables=self.variables,
             kernels=self.kernels,
+            mesh=self.mesh,
             vocab_size=self.definition.shape.vocab_size,
             page_size=limits.page_size,
             num_pages=limits.num_pages,
@@ -70,13 +84,23 @@ class AbstractArrays(NamedTuple):
 
 
 def make_abstract(
-    definition: ModelDef, mesh: Mesh, kernels: KernelSet, *, dtype: str
+    definition: ModelDef,
+    mesh: Mesh,
+    kernels: KernelSet,
+    *,
+    dtype: str,
+    kv_cache_dtype: str = "auto",
 ) -> AbstractModel:
-    """Shapes and shardings of a model's parameters; nothing is allocated."""
-    context = LayerContext(mesh=mesh, kernels=kernels, dtype=dtype)
+    """Shapes and shardings of a model's parameters; nothing is allocated.
+
+    With a `kv_cache_dtype` of 8 bits the layers have scales: `AbstractModel.kv_scales`.
+    """
+    context = LayerContext(
+        mesh=mesh, kernels=kernels, dtype=dtype, kv_scales=has_scales(kv_cache_dtype)
+    )
     graphdef, state = nnx.split(nnx.eval_shape(lambda: definition.build(context)))
     flat = nnx.to_flat_state(state)
-    params, packings = {}, {}
+    params, packings, kv_scales = {}, {}, {}
     for path, variable in flat:
         name, value, metadata = (
             ".".join(map(str, path)),
@@ -88,6 +112,9 @@ def make_abstract(
         )
         if "packing" in metadata:
             packings[name] = metadata["packing"]
+        if "kv_scale" in metadata:
+            layer = next(part for part in path if isinstance(part, int))
+            kv_scales[name] = KVScale(layer, metadata["kv_scale"])
     return AbstractModel(
         definition=definition,
         mesh=mesh,
@@ -97,6 +124,7 @@ def make_abstract(
         variables=tuple(variable for _, variable in flat),
         params=params,
         packings=packings,
+        kv_scales=kv_scales,
     )
 
 
@@ -112,7 +140,7 @@ def abstract_arrays(
 
     pages = jax.ShapeDtypeStruct(
         (limits.num_pages, shape.num_kv_heads, limits.page_size, 2 * shape.head_dim),
-        model.kernels.kv_storage_dtype(kv_cache_dtype),
+        model.kernels.kv_storage_dtype(page_dtype(kv_cache_dtype)),
         sharding=sharding_of(model.mesh, "PKBC"),
     )
     state = jax.eval_shape(lambda: _state_of(limits, shape.vocab_size))

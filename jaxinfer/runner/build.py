@@ -4,20 +4,19 @@ Knows the order and what each part needs of the others; the parts know nothing o
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from jaxinfer.config.env import cache_dir
+from jaxinfer.config.env import reserve_gpu_memory
 from jaxinfer.config.schema import CompileConfig, EngineConfig
 from jaxinfer.core.limits import EngineLimits
 from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.errors import CheckpointError
 from jaxinfer.logging import Phase, get_logger, log_phase
-from jaxinfer.models.base import ModelDef
 from jaxinfer.models.registry import define_model
-from jaxinfer.parallel.mesh import Device, make_mesh, num_cores
+from jaxinfer.parallel.mesh import make_mesh
 from jaxinfer.runner.abstract import (
     AbstractArrays,
     AbstractModel,
@@ -26,31 +25,28 @@ from jaxinfer.runner.abstract import (
     make_allocator,
 )
 from jaxinfer.runner.compiler import CompileCounter, enable_persistent_cache
-from jaxinfer.runner.memory import MemoryPlan, plan_memory, with_measured_temp
+from jaxinfer.runner.kernels import choose_engine_kernels
+from jaxinfer.runner.kv_scales import make_kv_scales
+from jaxinfer.runner.memory import MemoryNeeds, MemoryPlan, plan_memory, with_measured_temp
 from jaxinfer.runner.program_store import ProgramStore, open_store
 from jaxinfer.runner.programs import compile_programs
 from jaxinfer.runner.runner import DeviceArrays, Programs, Runner, Vocabulary
-from jaxinfer.runner.sizing import (
-    attention_shape,
-    make_limits,
-    memory_needs,
-    platform_of,
-    resolve_config,
-)
+from jaxinfer.runner.sizing import make_limits, memory_needs, resolve_config
 from jaxinfer.runner.warm_up import warm_up
 from jaxinfer.tokenizer.tokenizer import load_tokenizer
 from jaxinfer.weights.dummy import dummy_params
 from jaxinfer.weights.hub import locate_model, locate_tokenizer
 from jaxinfer.weights.loader import check_fit, load_params
 from jaxinfer.weights.reader import CheckpointReader, open_checkpoint
-from pallas_kernels.dispatch import KernelSet, choose_kernels
-from pallas_kernels.matmul.cpu import StoredDType
-from pallas_kernels.native.library import load_native_kernels
+from pallas_kernels.dispatch import KernelSet
 
 logger = get_logger(__name__)
 
+GPU_MEMORY_FRACTION = 0.9
+"""What XLA may have of a GPU; the rest is for what CUDA's libraries allocate for themselves."""
 
-class _Plan(NamedTuple):
+
+class CompiledPlan(NamedTuple):
     """Programs, and the numbers and shapes that they were compiled for."""
 
     memory: MemoryPlan
@@ -64,6 +60,7 @@ def build_runner(config: EngineConfig, progress: ProgressCallback) -> Runner:
 
     Raises UserError for what the user can repair, CapacityError when the model does not fit.
     """
+    reserve_gpu_memory(GPU_MEMORY_FRACTION)
     location = locate_model(config.model, progress)
     reader = open_checkpoint(location.path, config.model.load_format)
     try:
@@ -79,15 +76,24 @@ def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCal
     config = resolve_config(config, definition, devices)
     enable_persistent_cache(config.compile.compile_cache)
     mesh = make_mesh(tensor=config.parallel.tensor_parallel_size, devices=devices)
-    kernels = _choose_kernels(config, definition, devices[0])
-    model = make_abstract(definition, mesh, kernels, dtype=config.model.dtype)
+    kernels = choose_engine_kernels(config, definition, devices[0])
+    model = make_abstract(
+        definition,
+        mesh,
+        kernels,
+        dtype=config.model.dtype,
+        kv_cache_dtype=config.cache.kv_cache_dtype,
+    )
     _check_weights(config, model, reader)
     store = _open_store(config, mesh, kernels, reader)
     with log_phase(logger, "compile") as phase:
-        plan = _plan_and_compile(config, model, store, progress, phase)
+        needs = memory_needs(config, model)
+        plan = plan_and_compile(config, model, needs, store, progress, phase)
     logger.info("memory of each device:\n%s", plan.memory.table())
     with log_phase(logger, "load weights"):
-        weights = _load(config, model, reader, progress)
+        params = _load(config, model, reader, progress)
+        params |= make_kv_scales(config, model, reader, params, store)
+        weights = tuple(params[path] for path in model.params)
     with log_phase(logger, "allocate"):
         progress("allocate", 0, 0)
         allocate = make_allocator(model, plan.limits, plan.arrays)
@@ -123,58 +129,37 @@ def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCal
     )
 
 
-def _choose_kernels(config: EngineConfig, definition: ModelDef, device: Device) -> KernelSet:
-    native, platform = None, platform_of(device)
-    if platform == "cpu" and config.compile.native_kernels:
-        with log_phase(logger, "prepare C++ kernels"):
-            native = load_native_kernels(cache_dir() / "native", head_dim=definition.shape.head_dim)
-    kernels = choose_kernels(
-        platform=platform,
-        native=native,
-        stored_weights=_stored_weights(config),
-        device_kind=device.device_kind,
-        num_cores=num_cores(device),
-        attention_shape=attention_shape(config, definition),
-    )
-    for reason in kernels.reasons:
-        logger.info("kernel %s", reason)
-    return kernels
-
-
-def _stored_weights(config: EngineConfig) -> StoredDType | None:
-    """The type in which a CPU's product may store weights.
-
-    None where it cannot be used: it knows no mesh and no float16.
-    """
-    weights = config.model.weight_dtype
-    if config.parallel.tensor_parallel_size > 1 or config.model.dtype == "float16":
-        return None
-    return weights if weights in ("float32", "bfloat16") else None
-
-
 def _open_store(
     config: EngineConfig, mesh: Mesh, kernels: KernelSet, reader: CheckpointReader
 ) -> ProgramStore | None:
-    """Settings count, whatever they are: one too few would run a wrong program.
+    facts = store_facts(config, kernels, reader.config())
+    return open_store(config.compile.compile_cache, tuple(mesh.devices.flat), facts)
+
+
+def store_facts(
+    config: EngineConfig, kernels: KernelSet, model_config: dict[str, Any]
+) -> dict[str, Any]:
+    """What an engine's programs are made from. Settings count, whatever they are: one too few
+    would run a wrong program.
 
     But not where the model lies, nor those of compilation, which the programs and kernels show.
     """
     anywhere = replace(config.model, model="", tokenizer=None, revision=None, download_dir=None)
-    facts = {
-        "model": reader.config(),
+    return {
+        "model": model_config,
         "settings": replace(config, model=anywhere, compile=CompileConfig()),
         "kernels": kernels.reasons,
     }
-    return open_store(config.compile.compile_cache, tuple(mesh.devices.flat), facts)
 
 
-def _plan_and_compile(
+def plan_and_compile(
     config: EngineConfig,
     model: AbstractModel,
+    needs: MemoryNeeds,
     store: ProgramStore | None,
     progress: ProgressCallback,
     phase: Phase,
-) -> _Plan:
+) -> CompiledPlan:
     """Divides the memory by a guess at the step's temporaries, compiles, and checks the guess.
 
     The number of pages is part of every shape. Should XLA need more than was guessed, the plan is
@@ -184,7 +169,6 @@ def _plan_and_compile(
     def tell(names: str) -> None:
         phase.detail = names
 
-    needs = memory_needs(config, model)
     while True:
         memory = plan_memory(needs, config.cache)
         limits = make_limits(config, memory)
@@ -200,7 +184,7 @@ def _plan_and_compile(
         )
         measured = with_measured_temp(memory, temp_bytes)
         if measured.fits:
-            return _Plan(measured, limits, arrays, programs)
+            return CompiledPlan(measured, limits, arrays, programs)
         assert temp_bytes > needs.temp_bytes, "the plan was within the memory"
         logger.warning(
             "the largest step needs %d bytes of temporaries, not %d as was guessed: planning and "
@@ -215,7 +199,12 @@ def _check_weights(config: EngineConfig, model: AbstractModel, reader: Checkpoin
     """Raises CheckpointError for tensors that do not fit the model, before anything long."""
     if config.model.load_format != "dummy":
         definition = model.definition
-        check_fit(reader, model.params, definition.pieces, optional_names=definition.is_optional)
+        check_fit(
+            reader,
+            model.checkpoint_params,
+            definition.pieces,
+            optional_names=definition.is_optional,
+        )
 
 
 def _eos_token_ids(
@@ -238,22 +227,20 @@ def _load(
     model: AbstractModel,
     reader: CheckpointReader,
     progress: ProgressCallback,
-) -> tuple[jax.Array, ...]:
+) -> dict[str, jax.Array]:
     definition = model.definition
     if config.model.load_format == "dummy":
-        params = dummy_params(
-            model.params,
+        return dummy_params(
+            model.checkpoint_params,
             config.model.seed,
             pieces=definition.pieces,
             packings=model.packings,
         )
-    else:
-        params = load_params(
-            reader,
-            model.params,
-            definition.pieces,
-            packings=model.packings,
-            optional_names=definition.is_optional,
-            on_progress=progress,
-        )
-    return tuple(params[path] for path in model.params)
+    return load_params(
+        reader,
+        model.checkpoint_params,
+        definition.pieces,
+        packings=model.packings,
+        optional_names=definition.is_optional,
+        on_progress=progress,
+    )

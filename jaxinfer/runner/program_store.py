@@ -7,11 +7,12 @@ from other versions is ignored with a line in the log, and the program is compil
 
 Entries are machine code with pickled descriptions of arguments and results (JAX has no other form
 of a loaded program): whoever can write one can run code as this user, and the checksum finds
-damage, not intent. So the directory must belong to this user and be writable by nobody else;
-otherwise nothing is read from it.
+damage, not intent. So the directory must belong to this user, or to root, and be writable by nobody
+else; otherwise nothing is read from it.
 """
 
 import hashlib
+import logging
 import os
 import pickle
 import platform
@@ -21,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -32,6 +34,7 @@ import pallas_kernels
 from jaxinfer.config.env import compiler_flags
 from jaxinfer.logging import get_logger
 from jaxinfer.parallel.mesh import Device
+from jaxinfer.runner.store_origin import SUFFIX, describe_difference, nearest_foreign, note_origin
 
 logger = get_logger(__name__)
 
@@ -122,20 +125,41 @@ def open_store(
     own = Path(directory) / _SUBDIRECTORY
     if not _is_private(own):
         return None
+    lines = _origin_lines(devices, facts)
+    origin = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    foreign = nearest_foreign(own, origin, lines)
+    if foreign is not None:
+        is_same_engine = not foreign.keys() & facts.keys()
+        logger.log(
+            logging.WARNING if is_same_engine else logging.INFO,
+            "the compiled programs in %s are ignored, new ones are made: theirs is another %s",
+            own,
+            describe_difference(foreign),
+        )
+    note_origin(own, origin, lines)
+    _delete_oldest(own)
+    return ProgramStore(directory=own, origin=origin, devices=tuple(devices))
+
+
+def _origin_lines(devices: Sequence[Device], facts: Mapping[str, Any]) -> list[str]:
+    """All that programs depend on, besides their function; a name and a value each."""
     client = devices[0].client
     lines = [
         *(f"{name} {version(name)}" for name in _LIBRARIES),
         *(f"{name} {getattr(jax.config, name)}" for name in _JAX_OPTIONS),
         f"python {platform.python_version()}",
-        f"platform {client.platform} {client.platform_version} {compiler_flags()}",
+        f"platform {client.platform} {_on_one_line(client.platform_version)} {compiler_flags()}",
         f"devices {[(device.id, device.device_kind) for device in devices]}",
-        f"processor {_processor()} x {os.cpu_count()}",  # loops are cut for so many threads
         f"sources {_digest_of_sources()}",
         *(f"{name} {value!r}" for name, value in sorted(facts.items())),
     ]
-    origin = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    _delete_oldest(own)
-    return ProgramStore(directory=own, origin=origin, devices=tuple(devices))
+    if devices[0].platform == "cpu":  # loops are cut for so many threads
+        lines.append(f"processor {_processor()} x {os.cpu_count()}")
+    return lines
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _is_private(directory: Path) -> bool:
@@ -146,12 +170,13 @@ def _is_private(directory: Path) -> bool:
     except OSError as error:
         logger.warning("compiled programs are not stored: %s", error)
         return False
-    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    # What root put there, as in a container's image, is trusted like this code.
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid in (os.geteuid(), 0)
     if is_own and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return True
     logger.warning(
-        "compiled programs are not stored: %s must be a directory of this user that nobody else "
-        "can write (chmod 700), since programs are run as they are found there",
+        "compiled programs are not stored: %s must be a directory of this user (or of root) that "
+        "nobody else can write (chmod 700), since programs are run as they are found there",
         directory,
     )
     return False
@@ -159,13 +184,14 @@ def _is_private(directory: Path) -> bool:
 
 def _delete_oldest(directory: Path) -> None:
     """Versions and settings come and go; their programs would stay for ever."""
-    found = []
+    found: dict[bool, list[tuple[float, Path]]] = {False: [], True: []}
     for path in directory.iterdir():
         with suppress(FileNotFoundError):  # another process did the same
-            found.append((path.stat().st_mtime, path))
-    for _, path in sorted(found)[:-_MOST_ENTRIES]:
-        with suppress(OSError):
-            path.unlink()
+            found[path.suffix == SUFFIX].append((path.stat().st_mtime, path))
+    for kind in found.values():
+        for _, path in sorted(kind)[:-_MOST_ENTRIES]:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _processor() -> str:
@@ -178,8 +204,13 @@ def _processor() -> str:
 
 
 def _digest_of_sources() -> str:
+    return digest_of_sources(jaxinfer, pallas_kernels)
+
+
+def digest_of_sources(*packages: ModuleType) -> str:
+    """Of all that these packages do."""
     digest = hashlib.sha256()
-    for package in (jaxinfer, pallas_kernels):
+    for package in packages:
         for path in sorted(Path(package.__path__[0]).rglob("*")):
             if path.suffix in _SOURCE_SUFFIXES:
                 digest.update(path.read_bytes())

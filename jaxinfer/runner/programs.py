@@ -44,10 +44,9 @@ def compile_programs(
     `on_done` and `tell` are compile_all's.
     """
     step_model = model.step_model(limits)
-    rule = bucket_rule(config, skips_padding=model.kernels.matmul is not None)
-    buckets = make_buckets(limits, rule, token_buckets=config.compile.token_buckets)
+    buckets = engine_buckets(config, model, limits)
     programs = {
-        str(bucket): _step_program(step_model, bucket, arrays, limits) for bucket in buckets
+        str(bucket): step_program(step_model, bucket, arrays, limits) for bucket in buckets
     } | _slot_programs(model, arrays)
     num_workers = config.compile.num_compile_workers
     assert num_workers
@@ -69,6 +68,14 @@ def compile_programs(
     )
 
 
+def engine_buckets(
+    config: EngineConfig, model: AbstractModel, limits: EngineLimits
+) -> tuple[Bucket, ...]:
+    """The step shapes of an engine; `config` is resolved. Raises ConfigError, see make_buckets."""
+    rule = bucket_rule(config, skips_padding=model.kernels.matmul is not None)
+    return make_buckets(limits, rule, token_buckets=config.compile.token_buckets)
+
+
 def bucket_rule(config: EngineConfig, *, skips_padding: bool) -> BucketRule:
     """A CPU compiles slowly and multiplies more rows at nearly the same price: few buckets.
 
@@ -81,7 +88,7 @@ def bucket_rule(config: EngineConfig, *, skips_padding: bool) -> BucketRule:
     return BucketRule(
         smallest_decode=smallest,
         smallest_mixed=32 if skips_padding else 16,
-        decode_factor=8 if skips_padding else 4,
+        decode_factor=4,
         token_factor=4,
     )
 
@@ -91,9 +98,10 @@ def _temp_bytes(program: jax.stages.Compiled) -> int:
     return int(analysis.temp_size_in_bytes) if analysis is not None else 0
 
 
-def _step_program(
+def step_program(
     model: StepModel, bucket: Bucket, arrays: AbstractArrays, limits: EngineLimits
 ) -> Program:
+    """The step of one bucket."""
     sharding = jax.tree.leaves(arrays.state)[0].sharding
     words = jax.ShapeDtypeStruct(
         (num_words(bucket, limits.page_size),), np.int32, sharding=sharding

@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxinfer.core.step import PENDING_TOKEN
 from jaxinfer.layers.batch_types import StepBatch
@@ -51,6 +52,7 @@ class StepModel:
     paths: tuple[tuple, ...]  # of the parameters, in the order of the weights tuple
     variables: tuple[nnx.Variable, ...]  # abstract, carry the parameters' metadata
     kernels: KernelSet
+    mesh: Mesh
     vocab_size: int
     page_size: int
     num_pages: int
@@ -123,9 +125,15 @@ def _sample(
     model: StepModel, inputs: StepInputs, logits_SV: Array, sampler: SamplerState
 ) -> tuple[StepResult, SamplerState]:
     sampling = unpack_sampling(inputs.sampling_SW)
-    sampled, sampler = sample(logits_SV, sampling, sampler, vocab_size=model.vocab_size)
+    sampled, sampler = sample(
+        logits_SV, sampling, sampler, vocab_size=model.vocab_size, mesh=model.mesh
+    )
     logprobs_SW = token_logprobs(
-        logits_SV, sampled.token_S, sampling.wants_logprobs, vocab_size=model.vocab_size
+        logits_SV,
+        sampled.token_S,
+        sampling.wants_logprobs,
+        vocab_size=model.vocab_size,
+        mesh=model.mesh,
     )
     result = StepResult(
         tokens_S=jnp.where(sampled.ok_S, sampled.token_S, NO_TOKEN),
@@ -152,4 +160,5 @@ def _prompt_logprobs(
             hidden_CD, num_rows=jnp.asarray(hidden_CD.shape[0], jnp.int32)
         ),
         vocab_size=model.vocab_size,
+        mesh=model.mesh,
     )

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from jaxinfer.core.sampling_params import MAX_LOGPROBS
+from jaxinfer.parallel.rules import replicated
 from jaxinfer.sampling.processors import mask_padding
 from jaxinfer.sampling.select import top_tokens
 
@@ -47,18 +49,21 @@ def token_logprobs(
     wanted_S: Array,
     *,
     vocab_size: int,
+    mesh: Mesh,
     num_top: int = MAX_LOGPROBS,
 ) -> Array:
     """Log-probabilities of one token a row of raw float32 logits, and of the K likeliest.
 
-    Computed for all rows if any is wanted, for none otherwise. Packed, int32 [S, 2 + 2K].
+    Computed for all rows if any is wanted, for none otherwise. Packed, int32 [S, 2 + 2K]. Logits
+    that are split over `mesh` are brought together only then.
     """
     num_top = min(num_top, vocab_size)
-    return lax.cond(
-        jnp.any(wanted_S),
-        lambda: _logprobs(mask_padding(logits_SV, vocab_size=vocab_size), token_S, num_top),
-        lambda: _no_logprobs(token_S.shape[0], num_top),
-    )
+
+    def compute() -> Array:
+        whole_SV = lax.with_sharding_constraint(logits_SV, replicated(mesh))
+        return _logprobs(mask_padding(whole_SV, vocab_size=vocab_size), token_S, num_top)
+
+    return lax.cond(jnp.any(wanted_S), compute, lambda: _no_logprobs(token_S.shape[0], num_top))
 
 
 def prompt_logprobs(
@@ -68,6 +73,7 @@ def prompt_logprobs(
     *,
     logits_of: Callable[[Array], Array],
     vocab_size: int,
+    mesh: Mesh,
     num_top: int = MAX_LOGPROBS,
 ) -> Array:
     """Log-probabilities of `target_T[t]`, the token after t, for each position of the step.
@@ -87,13 +93,12 @@ def prompt_logprobs(
 
     def one_chunk(args: tuple[Array, Array, Array]) -> Array:
         hidden_CD, target_C, wanted_C = args
-        return lax.cond(
-            jnp.any(wanted_C),
-            lambda: _logprobs(
-                mask_padding(logits_of(hidden_CD), vocab_size=vocab_size), target_C, num_top
-            ),
-            lambda: _no_logprobs(chunk, num_top),
-        )
+
+        def compute() -> Array:
+            whole_CV = lax.with_sharding_constraint(logits_of(hidden_CD), replicated(mesh))
+            return _logprobs(mask_padding(whole_CV, vocab_size=vocab_size), target_C, num_top)
+
+        return lax.cond(jnp.any(wanted_C), compute, lambda: _no_logprobs(chunk, num_top))
 
     chunks = (in_chunks(hidden_TD), in_chunks(target_T), in_chunks(wanted_T))
     packed_TW = lax.map(one_chunk, chunks)

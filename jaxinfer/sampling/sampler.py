@@ -11,7 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh
 
+from jaxinfer.parallel.rules import replicated, sharding_of
 from jaxinfer.sampling.params import SamplingBatch, random_bits
 from jaxinfer.sampling.processors import mask_padding, process_logits
 from jaxinfer.sampling.select import Best, argmax_tokens, draw_tokens
@@ -28,10 +30,12 @@ class Sampled(NamedTuple):
 
 
 def sample(
-    logits_SV: Array, batch: SamplingBatch, state: SamplerState, *, vocab_size: int
+    logits_SV: Array, batch: SamplingBatch, state: SamplerState, *, vocab_size: int, mesh: Mesh
 ) -> tuple[Sampled, SamplerState]:
     """Samples one token per row of float32 logits and appends it to the row's slot.
 
+    The logits may be split over `mesh` by the vocabulary. Greedy rows are chosen where their
+    logits lie; only a batch with others has them brought together.
     `vocab_size` is the number of real tokens; logits beyond it are ignored. The token is a function
     of the row's logits, settings, seed, output index and slot state only. Log-probabilities of the
     raw logits are `logprobs.token_logprobs`.
@@ -41,10 +45,19 @@ def sample(
     def choose(logits_CV: Array, batch: SamplingBatch) -> Best:
         return _process_and_choose(masked(logits_CV), batch, state)
 
+    def choose_any() -> Best:
+        whole_SV = lax.with_sharding_constraint(logits_SV, replicated(mesh))
+        return _map_rows(choose, whole_SV, batch)
+
+    def choose_greedily() -> Best:
+        # Said here again: else the other branch's wish decides for both, and every step gathers.
+        split_SV = lax.with_sharding_constraint(logits_SV, sharding_of(mesh, "SV"))
+        return argmax_tokens(masked(split_SV))
+
     chosen = lax.cond(
         jnp.any(batch.is_random | batch.changes_some | batch.changes_all),
-        lambda: _map_rows(choose, logits_SV, batch),
-        lambda: argmax_tokens(masked(logits_SV)),
+        choose_any,
+        choose_greedily,
     )
     # The best logit shows every failure: it is NaN if one logit is, -inf if all are.
     ok_S = jnp.isfinite(chosen.logit_S)

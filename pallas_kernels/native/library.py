@@ -1,8 +1,9 @@
 """The C++ kernels for CPUs: compiled once for this machine, then called from XLA programs.
 
-They are optional. Where there is no compiler the XLA implementations serve, and the reason is
-given. Compiling at first use, not at install, lets the compiler use what this machine's processor
-has; the result is kept in a directory that the caller names. Knows no kernels' meaning.
+They are optional. Compiling at first use, not at install, lets the compiler use what this machine's
+processor has; the result is kept in a directory that the caller names. Where there is no compiler,
+libraries that were shipped serve (`pallas_kernels/native/prebuild.py` makes them), else the XLA
+implementations, and the reason is given. Knows no kernels' meaning.
 """
 
 import ctypes
@@ -19,15 +20,20 @@ from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.native.levels import Level, levels_of, processor_features
+
+SHIPPED = Path(__file__).parent / "shipped"
+"""Where libraries lie that were compiled for other machines than that of the compiler."""
+
 _DIRECTORY = Path(__file__).parent
 _HEADERS = tuple(_DIRECTORY / name for name in ("pairs.h", "parallel.h", "vec.h"))
 _HEAD_DIM_STEP = 32  # two vectors of the widest registers
 _MAX_HEAD_DIM = 256
-# Not -ffast-math: infinities and NaN must behave.
+# Not -ffast-math: infinities and NaN must behave. Not -fassociative-math: the compiler would trade
+# fused multiply-adds for products and sums that do not fit the registers (a third of the speed).
 _FLAGS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-signed-zeros",
@@ -36,9 +42,6 @@ _FLAGS = (
     "-fPIC",
     "-w",  # the FFI headers' own warnings
 )
-# Sums over a head may be reordered. The product's must not: the compiler would trade its fused
-# multiply-adds for products and sums that do not fit the registers (a third of the speed).
-_FLAGS_OF = {"paged_attention": ("-fassociative-math",), "matmul": ()}
 _COMPILE_TIMEOUT_S = 300
 
 
@@ -59,83 +62,127 @@ class NativeKernels(NamedTuple):
 
 
 def load_native_kernels(
-    directory: Path, *, head_dim: int, macros: Sequence[str] = ()
+    directory: Path, *, head_dim: int, macros: Sequence[str] = (), shipped: Path = SHIPPED
 ) -> NativeKernels:
     """Compiles the kernels into `directory` unless they are there, and registers them with XLA.
 
     `macros` make the compiler take code meant for other processors: for tests.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="native") as pool:  # one compiler beside another
-        later = pool.submit(_load_matmul, directory, macros)
-        attention, attention_reason = _load_attention(directory, head_dim, macros)
+        later = pool.submit(_load_matmul, directory, macros, shipped)
+        attention, attention_reason = _load_attention(directory, head_dim, macros, shipped)
         matmul, matmul_reason = later.result()
     return NativeKernels(attention, attention_reason, matmul, matmul_reason)
 
 
-_WHY = "C++ compiled for this processor"
-
-
 def _load_attention(
-    directory: Path, head_dim: int, macros: Sequence[str]
+    directory: Path, head_dim: int, macros: Sequence[str], shipped: Path
 ) -> tuple[str | None, str]:
     if head_dim % _HEAD_DIM_STEP or head_dim > _MAX_HEAD_DIM:
         return None, (
             f"head size {head_dim} is not a multiple of {_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}"
         )
-    macros = (f"JAXINFER_HEAD_DIM={head_dim}", *macros)
+    macros = (head_dim_macro(head_dim), *macros)
     try:
-        library = ctypes.CDLL(str(_build(directory, "paged_attention", macros)))
-    except (OSError, _BuildError) as error:
+        found = _find(directory, "paged_attention", macros, shipped)
+        library = ctypes.CDLL(str(found.path))
+    except (OSError, BuildError) as error:
         return None, str(error)
     target = "_".join(("jaxinfer_paged_attention", *macros))
     _register(target, library.JaxinferPagedAttention)
-    return target, _WHY
+    return target, found.why
 
 
-def _load_matmul(directory: Path, macros: Sequence[str]) -> tuple[NativeMatmul | None, str]:
+def _load_matmul(
+    directory: Path, macros: Sequence[str], shipped: Path
+) -> tuple[NativeMatmul | None, str]:
     try:
-        library = ctypes.CDLL(str(_build(directory, "matmul", macros)))
-    except (OSError, _BuildError) as error:
+        found = _find(directory, "matmul", macros, shipped)
+        library = ctypes.CDLL(str(found.path))
+    except (OSError, BuildError) as error:
         return None, str(error)
     target = "_".join(("jaxinfer_matmul", *macros))
     _register(target, library.JaxinferMatmul)
-    return NativeMatmul(target, library.JaxinferMatmulPanel()), _WHY
+    return NativeMatmul(target, library.JaxinferMatmulPanel()), found.why
 
 
 def _register(target: str, function: object) -> None:
     jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
 
 
-class _BuildError(Exception):
+class BuildError(Exception):
     """There is no library; the text says why."""
 
 
-def _build(directory: Path, name: str, macros: Sequence[str]) -> Path:
-    """The library's path. Safe beside other processes that do the same: the last rename wins."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    source = _DIRECTORY / f"{name}.cc"
-    flags = (*_FLAGS, *_FLAGS_OF[name], *(f"-D{macro}" for macro in macros))
-    key = hashlib.sha256("\0".join((*flags, jax.__version__, _processor())).encode())
-    for file in (source, *_HEADERS):
+class _Found(NamedTuple):
+    """A library, and in words what its compiler was told of the processor."""
+
+    path: Path
+    why: str
+
+
+def _find(directory: Path, name: str, macros: Sequence[str], shipped: Path) -> _Found:
+    """A library compiled here, now or before, else the best of those shipped."""
+    try:
+        return _Found(build_library(directory, name, macros), "C++ compiled for this processor")
+    except (OSError, BuildError):
+        features = processor_features()
+        for level in levels_of():
+            path = shipped / library_file_name(name, macros, level)
+            if level.runs_on(features) and path.exists():
+                return _Found(path, f"C++ compiled for {level.name}")
+        raise
+
+
+def head_dim_macro(head_dim: int) -> str:
+    """What paged_attention.cc is compiled with."""
+    return f"JAXINFER_HEAD_DIM={head_dim}"
+
+
+def _flags(macros: Sequence[str], level: Level | None) -> tuple[str, ...]:
+    """The compiler's; no level: for the processor that it runs on."""
+    target = ("-march=native",) if level is None else level.flags
+    return (*_FLAGS, *target, *(f"-D{macro}" for macro in macros))
+
+
+def library_file_name(name: str, macros: Sequence[str], level: Level | None) -> str:
+    """Says all that the library is made from, so that none is taken for another."""
+    processor = _processor() if level is None else ""
+    flags = _flags(macros, level)
+    key = hashlib.sha256("\0".join((*flags, jax.__version__, processor)).encode())
+    for file in (_DIRECTORY / f"{name}.cc", *_HEADERS):
         key.update(file.read_bytes())
-    path = directory / f"{name}-{key.hexdigest()[:16]}.so"
+    return f"{name}-{key.hexdigest()[:16]}.so"
+
+
+def build_library(
+    directory: Path, name: str, macros: Sequence[str], level: Level | None = None
+) -> Path:
+    """`name`.cc compiled for a level or for this processor, if it is not yet. Raises BuildError.
+
+    Safe beside other processes that do the same: the last rename wins.
+    """
+    path = directory / library_file_name(name, macros, level)
     if path.exists():
         return path
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise _BuildError("no C++ compiler (c++, g++ or clang++) was found")
+        raise BuildError("no C++ compiler (c++, g++ or clang++) was found")
+    source = _DIRECTORY / f"{name}.cc"
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         output = Path(scratch) / path.name
-        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(source), "-o", str(output)]
+        command = [compiler, *_flags(macros, level), f"-I{jax.ffi.include_dir()}"]
+        command += [str(source), "-o", str(output)]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False
             )
         except subprocess.TimeoutExpired:
-            raise _BuildError(f"{compiler} took more than {_COMPILE_TIMEOUT_S} s") from None
+            raise BuildError(f"{compiler} took more than {_COMPILE_TIMEOUT_S} s") from None
         if done.returncode != 0:
             last_line = done.stderr.strip().rpartition("\n")[2]
-            raise _BuildError(f"{compiler} failed: {last_line}")
+            raise BuildError(f"{compiler} failed: {last_line}")
         os.replace(output, path)
     return path
 

@@ -25,25 +25,13 @@ namespace jaxinfer {
 namespace {
 
 constexpr int kChunk = 64;         // keys looked at together
-constexpr int kQueryTokens = 32;   // queries of a prefill item
+constexpr int kItemRows = 96;      // of a prefill item, about: queries times heads of a group
 constexpr int kFewRows = 8;        // up to here rows are multiplied key by key
-constexpr float kMasked = -1e30f;  // stands for minus infinity: inf - inf would be NaN
-
-// e^x for x <= 0, within 2 units in the last place: 2^n * e^r with |r| <= ln(2) / 2.
-inline Vec Exp(Vec x) {
-  const Vec lowest = Splat(-87.0f);
-  x = x < lowest ? lowest : x;
-  const IntVec n = __builtin_convertvector(x * 1.44269504f - 0.5f, IntVec);
-  const Vec nf = __builtin_convertvector(n, Vec);
-  const Vec r = (x - nf * 0.693359375f) + nf * 2.12194440e-4f;
-  Vec poly = Splat(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                  5.0000001201e-1f}) {
-    poly = poly * r + c;
-  }
-  poly = poly * r * r + r + 1.0f;
-  return poly * reinterpret_cast<Vec>((n + 127) << 23);
-}
+constexpr int kTile = 6;           // rows of a tile; with two vectors each they fill the registers
+constexpr int kRowStep = 2 * kLanes;
+// Stands for minus infinity: inf - inf would be NaN. What is masked weighs e^-87 at most. Where a row
+// has seen nothing yet it weighs one, until the first key that is seen scales it down to that.
+constexpr float kMasked = -1e30f;
 
 struct Step {
   const float *q, *k, *v;
@@ -83,50 +71,67 @@ class Kernel {
 
   std::vector<Item> MakeItems() const {
     std::vector<Item> items;
+    const int32_t most = std::max<int32_t>(1, kItemRows / static_cast<int32_t>(s_.group));
     for (int32_t seq = 0; seq < s_.num_seqs; ++seq) {
       const int32_t begin = s_.query_starts[seq], end = s_.query_starts[seq + 1];
-      for (int32_t q = begin; q < end; q += kQueryTokens) {
+      for (int32_t q = begin; q < end; q += most) {
         for (int32_t head = 0; head < s_.num_kv; ++head) {
-          items.push_back({seq, q, std::min<int32_t>(kQueryTokens, end - q), head});
+          items.push_back({seq, q, std::min(most, end - q), head});
         }
       }
     }
     return items;
   }
 
-  // Buffers of one thread, reused from item to item.
+  // Buffers of one thread, reused from item to item. Scores become weights in place.
   struct Scratch {
-    std::vector<float> q, acc, scores, max, sum, keys_transposed, rows;
+    std::vector<float> q, acc, scores, max, sum, decay, rows;
+    std::vector<int32_t> positions;
     void Resize(int64_t num_rows) {
-      q.resize(num_rows * H);
-      acc.resize(num_rows * H);
+      q.assign(num_rows * H, 0.0f);
+      acc.assign(num_rows * H, 0.0f);
       scores.resize(num_rows * kChunk);
-      max.resize(num_rows);
-      sum.resize(num_rows);
-      keys_transposed.resize(H * kChunk);
+      max.assign(num_rows, kMasked);
+      sum.assign(num_rows, 0.0f);
+      decay.resize(num_rows);
+      positions.resize(num_rows);
       if (sizeof(Storage) == 2) rows.resize(kChunk * 2 * H);
     }
   };
 
+  // The keys of one chunk: where they are, and the position of the first.
+  struct Keys {
+    const float* rows[kChunk];  // key then value
+    int64_t first;
+    int count;
+  };
+
   void Attend(const Item& item, Scratch& b) const {
-    // Rows are padded to whole blocks of 4; the spare ones compute nothing that is read.
-    const int64_t num_rows = item.num_queries * s_.group, padded = (num_rows + 3) / 4 * 4;
+    // Many rows lie side by side in vectors, and are padded to whole ones; what the spare ones
+    // compute is not read. Few would leave the vectors empty: they are taken one by one.
+    const int64_t num_rows = item.num_queries * s_.group;
+    const bool few = num_rows <= kFewRows;
+    const int64_t padded = few ? num_rows : (num_rows + kRowStep - 1) / kRowStep * kRowStep;
+    const int64_t position = s_.starts[item.seq] + item.first_query - s_.query_starts[item.seq];
+    const int64_t last = position + item.num_queries - 1;
     b.Resize(padded);
     for (int64_t row = 0; row < num_rows; ++row) {
       const float* source = s_.q + RowOffset(item, row);
-      for (int h = 0; h < H; h += kLanes) Store(&b.q[row * H + h], Load(source + h) * s_.scale);
+      float* q = &b.q[few ? row * H : row];
+      const int64_t stride = few ? 1 : padded;
+      for (int h = 0; h < H; ++h) q[h * stride] = source[h] * s_.scale;
     }
-    std::fill(b.q.begin() + num_rows * H, b.q.end(), 0.0f);
-    std::fill(b.acc.begin(), b.acc.end(), 0.0f);
-    std::fill(b.max.begin(), b.max.end(), kMasked);
-    std::fill(b.sum.begin(), b.sum.end(), 0.0f);
-
-    const int64_t position = s_.starts[item.seq] + item.first_query - s_.query_starts[item.seq];
-    const int64_t last = position + item.num_queries - 1;
-    int64_t key = s_.window ? std::max<int64_t>(0, position - s_.window + 1) : 0;
-    for (; key <= last; key += kChunk) {
-      const int num_keys = static_cast<int>(std::min<int64_t>(kChunk, last + 1 - key));
-      Chunk(item, b, key, num_keys, position, padded);
+    for (int64_t row = 0; row < padded; ++row) {
+      b.positions[row] = static_cast<int32_t>(std::min(position + row / s_.group, last));
+    }
+    const int64_t first = s_.window ? std::max<int64_t>(0, position - s_.window + 1) : 0;
+    for (int64_t key = first; key <= last; key += kChunk) {
+      const Keys keys = Find(item, key, last, b);
+      if (few) {
+        FewRows(b, keys, padded);
+      } else {
+        ManyRows(b, keys, padded);
+      }
     }
     for (int64_t row = 0; row < num_rows; ++row) {
       float* out = s_.out + RowOffset(item, row);
@@ -146,126 +151,182 @@ class Kernel {
     return ((token * s_.num_kv + item.kv_head) * s_.group + row % s_.group) * H;
   }
 
-  void Chunk(const Item& item, Scratch& b, int64_t key, int num_keys, int64_t position,
-             int64_t num_rows) const {
-    const float* rows[kChunk];
+  Keys Find(const Item& item, int64_t first, int64_t last, Scratch& b) const {
+    Keys keys;
+    keys.first = first;
+    keys.count = static_cast<int>(std::min<int64_t>(kChunk, last + 1 - first));
     const int32_t* table = s_.page_table + int64_t{s_.slots[item.seq]} * s_.table_width;
-    for (int j = 0; j < num_keys; ++j) {
-      const int64_t place = key + j;
-      const Storage* row = Row(table[place / s_.page_size], item.kv_head, place % s_.page_size);
+    const auto row_of = [&](int64_t place) {
+      return Row(table[place / s_.page_size], item.kv_head, place % s_.page_size);
+    };
+    // The pages of the next chunk are elsewhere: the processor cannot guess them.
+    for (int64_t place = first + kChunk; place <= last && place < first + 2 * kChunk; ++place) {
+      Prefetch(row_of(place));
+    }
+    for (int j = 0; j < keys.count; ++j) {
+      const Storage* row = row_of(first + j);
       if constexpr (sizeof(Storage) == 4) {
-        rows[j] = row;
+        keys.rows[j] = row;
       } else {
         float* copy = &b.rows[j * 2 * H];
         for (int c = 0; c < 2 * H; ++c) copy[c] = FromBits16(row[c]);
-        rows[j] = copy;
+        keys.rows[j] = copy;
       }
     }
-    if (num_rows <= kFewRows) {
-      ScoreKeyByKey(b, rows, num_keys, num_rows);
-    } else {
-      ScoreTransposed(b, rows, num_keys, num_rows);
-    }
-    const int64_t num_true_rows = item.num_queries * s_.group;
-    for (int64_t row = 0; row < num_true_rows; ++row) {
-      const int64_t query = position + row / s_.group;
-      Softmax(b, row, key, num_keys, query);
-    }
-    for (int64_t row = 0; row < num_rows; row += 4) AddValues(b, rows, num_keys, row);
+    return keys;
   }
 
-  void ScoreKeyByKey(Scratch& b, const float* const* rows, int num_keys, int64_t num_rows) const {
-    for (int j = 0; j < num_keys; ++j) {
+  static void Prefetch(const Storage* row) {
+    const auto* line = reinterpret_cast<const char*>(row);
+    for (size_t i = 0; i < 2 * H * sizeof(Storage); i += 64) __builtin_prefetch(line + i, 0, 2);
+  }
+
+  // One query token (few rows): scores are [row, key], every key is seen by all rows or by none.
+  void FewRows(Scratch& b, const Keys& keys, int64_t num_rows) const {
+    for (int j = 0; j < keys.count; ++j) {
       for (int64_t row = 0; row < num_rows; ++row) {
+        const bool seen = Sees(b.positions[row], keys.first + j);
         Vec sum = Vec{};
-        for (int h = 0; h < H; h += kLanes) sum += Load(&b.q[row * H + h]) * Load(rows[j] + h);
-        b.scores[row * kChunk + j] = Sum(sum);
+        for (int h = 0; h < H; h += kLanes) sum += Load(&b.q[row * H + h]) * Load(keys.rows[j] + h);
+        b.scores[row * kChunk + j] = seen ? Sum(sum) : kMasked;
       }
+    }
+    for (int64_t row = 0; row < num_rows; ++row) {
+      float* scores = &b.scores[row * kChunk];
+      std::fill(scores + keys.count, scores + kChunk, kMasked);
+      Vec bests = Splat(b.max[row]), total = Vec{};
+      for (int j = 0; j < kChunk; j += kLanes) {
+        const Vec score = Load(scores + j);
+        bests = score > bests ? score : bests;
+      }
+      float best = bests[0];
+      for (int i = 1; i < kLanes; ++i) best = std::max(best, bests[i]);
+      for (int j = 0; j < kChunk; j += kLanes) {
+        const Vec score = Load(scores + j);
+        const Vec weight = Exp(score - best);
+        Store(scores + j, weight);
+        total += weight;
+      }
+      b.decay[row] = Exp(Splat(b.max[row] - best))[0];
+      b.max[row] = best;
+      b.sum[row] = b.sum[row] * b.decay[row] + Sum(total);
+    }
+    AddValues(b, keys, num_rows, {kChunk, 1});
+  }
+
+  bool Sees(int64_t position, int64_t key) const {
+    return key <= position && (!s_.window || key > position - s_.window);
+  }
+
+  // Scores are [key, row]: neither keys nor weights need to be transposed, and the softmax of
+  // kLanes rows is one vector's.
+  void ManyRows(Scratch& b, const Keys& keys, int64_t num_rows) const {
+    for (int64_t row = 0; row < num_rows; row += kRowStep) {
+      int j = 0;
+      for (; j + kTile <= keys.count; j += kTile) Score<kTile>(b, keys, j, row, num_rows);
+      for (; j < keys.count; ++j) Score<1>(b, keys, j, row, num_rows);
+    }
+    const bool all_seen = Sees(b.positions[0], keys.first + keys.count - 1) &&
+                          Sees(b.positions[num_rows - 1], keys.first);
+    for (int64_t row = 0; row < num_rows; row += kLanes) {
+      if (!all_seen) Mask(b, keys, row, num_rows);
+      Softmax(b, keys, row, num_rows);
+    }
+    AddValues(b, keys, num_rows, {1, num_rows});
+  }
+
+  template <int kKeys>
+  void Score(Scratch& b, const Keys& keys, int j, int64_t row, int64_t num_rows) const {
+    Vec sums[kKeys][2] = {};
+    const float* q = &b.q[row];
+    for (int h = 0; h < H; ++h, q += num_rows) {
+      const Vec left = Load(q), right = Load(q + kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeys; ++i) {
+        const Vec key = Splat(keys.rows[j + i][h]);
+        sums[i][0] += key * left;
+        sums[i][1] += key * right;
+      }
+    }
+    for (int i = 0; i < kKeys; ++i) {
+      float* scores = &b.scores[(j + i) * num_rows + row];
+      Store(scores, sums[i][0]);
+      Store(scores + kLanes, sums[i][1]);
     }
   }
 
-  void ScoreTransposed(Scratch& b, const float* const* rows, int num_keys,
-                       int64_t num_rows) const {
-    float* keys = b.keys_transposed.data();
-    for (int j = 0; j < kChunk; ++j) {
-      for (int h = 0; h < H; ++h) keys[h * kChunk + j] = j < num_keys ? rows[j][h] : 0.0f;
-    }
-    for (int64_t row = 0; row < num_rows; row += 4) {
-      const float* q = &b.q[row * H];
-      for (int j = 0; j < kChunk; j += 2 * kLanes) {
-        Vec s[4][2] = {};
-        for (int h = 0; h < H; ++h) {
-          const Vec left = Load(keys + h * kChunk + j);
-          const Vec right = Load(keys + h * kChunk + j + kLanes);
-          for (int i = 0; i < 4; ++i) {
-            s[i][0] += q[i * H + h] * left;
-            s[i][1] += q[i * H + h] * right;
-          }
-        }
-        for (int i = 0; i < 4; ++i) {
-          Store(&b.scores[(row + i) * kChunk + j], s[i][0]);
-          Store(&b.scores[(row + i) * kChunk + j + kLanes], s[i][1]);
-        }
-      }
+  void Mask(Scratch& b, const Keys& keys, int64_t row, int64_t num_rows) const {
+    const IntVec position = LoadInts(&b.positions[row]);
+    const int32_t window = s_.window ? static_cast<int32_t>(s_.window) : INT32_MAX;
+    for (int j = 0; j < keys.count; ++j) {
+      float* scores = &b.scores[j * num_rows + row];
+      const IntVec age = position - static_cast<int32_t>(keys.first + j);
+      const IntVec seen = (age >= 0) & (age < window);
+      Store(scores, seen ? Load(scores) : Splat(kMasked));
     }
   }
 
-  // Turns a row's scores into weights, and rescales what the row has gathered so far.
-  void Softmax(Scratch& b, int64_t row, int64_t key, int num_keys, int64_t query) const {
-    float* scores = &b.scores[row * kChunk];
-    int begin = 0, end = static_cast<int>(std::min<int64_t>(num_keys, query + 1 - key));
-    if (s_.window) begin = static_cast<int>(std::max<int64_t>(0, query - s_.window + 1 - key));
-    end = std::max(end, 0);
-    for (int j = 0; j < std::min(begin, kChunk); ++j) scores[j] = kMasked;
-    for (int j = end; j < kChunk; ++j) scores[j] = kMasked;
-    Vec best = Splat(kMasked);
-    for (int j = 0; j < kChunk; j += kLanes) {
-      const Vec s = Load(scores + j);
-      best = s > best ? s : best;
+  void Softmax(Scratch& b, const Keys& keys, int64_t row, int64_t num_rows) const {
+    float* scores = &b.scores[row];
+    const Vec old = Load(&b.max[row]);
+    Vec best = old, total = Vec{};
+    for (int j = 0; j < keys.count; ++j) {
+      const Vec score = Load(scores + j * num_rows);
+      best = score > best ? score : best;
     }
-    float new_max = b.max[row];
-    for (int i = 0; i < kLanes; ++i) new_max = std::max(new_max, best[i]);
-    if (new_max == kMasked) {  // no key of this chunk is visible, nor was one before
-      std::fill(scores, scores + kChunk, 0.0f);
-      return;
-    }
-    Vec total = Vec{};
-    for (int j = 0; j < kChunk; j += kLanes) {
-      const Vec weight = Exp(Load(scores + j) - new_max);
-      Store(scores + j, weight);
+    for (int j = 0; j < keys.count; ++j) {
+      const Vec score = Load(scores + j * num_rows);
+      const Vec weight = Exp(score - best);
+      Store(scores + j * num_rows, weight);
       total += weight;
     }
-    // Exp does not reach zero; what is masked must count for nothing.
-    for (int j = 0; j < std::min(begin, kChunk); ++j) total[0] -= scores[j], scores[j] = 0.0f;
-    for (int j = end; j < kChunk; ++j) total[0] -= scores[j], scores[j] = 0.0f;
-    const float decay = b.max[row] == kMasked ? 0.0f : Exp(Splat(b.max[row] - new_max))[0];
-    b.max[row] = new_max;
-    b.sum[row] = b.sum[row] * decay + Sum(total);
-    if (decay != 1.0f) {
-      for (int h = 0; h < H; h += kLanes) {
-        Store(&b.acc[row * H + h], Load(&b.acc[row * H + h]) * decay);
-      }
+    const Vec decay = Exp(old - best);
+    Store(&b.max[row], best);
+    Store(&b.decay[row], decay);
+    Store(&b.sum[row], Load(&b.sum[row]) * decay + total);
+  }
+
+  struct Strides {
+    int64_t row, key;  // of the weights
+  };
+
+  void AddValues(Scratch& b, const Keys& keys, int64_t num_rows, Strides strides) const {
+    int64_t row = 0;
+    for (; row + kTile <= num_rows; row += kTile) AddTile<kTile>(b, keys, row, strides);
+    LastRows<kTile - 1>(b, keys, row, num_rows - row, strides);
+  }
+
+  template <int kMost>
+  void LastRows(Scratch& b, const Keys& keys, int64_t row, int64_t count, Strides strides) const {
+    if constexpr (kMost > 0) {
+      if (count == kMost) return AddTile<kMost>(b, keys, row, strides);
+      LastRows<kMost - 1>(b, keys, row, count, strides);
     }
   }
 
-  void AddValues(Scratch& b, const float* const* rows, int num_keys, int64_t row) const {
-    const float* weights = &b.scores[row * kChunk];
-    for (int h = 0; h < H; h += 2 * kLanes) {
-      Vec acc[4][2];
-      for (int i = 0; i < 4; ++i) {
-        acc[i][0] = Load(&b.acc[(row + i) * H + h]);
-        acc[i][1] = Load(&b.acc[(row + i) * H + h + kLanes]);
-      }
-      for (int j = 0; j < num_keys; ++j) {
-        const Vec left = Load(rows[j] + H + h), right = Load(rows[j] + H + h + kLanes);
-        for (int i = 0; i < 4; ++i) {
-          acc[i][0] += weights[i * kChunk + j] * left;
-          acc[i][1] += weights[i * kChunk + j] * right;
+  template <int kRows>
+  void AddTile(Scratch& b, const Keys& keys, int64_t row, Strides strides) const {
+    // Enough sums to hide the latency of an addition.
+    constexpr int kVecs = kRows <= kTile / 2 && H % (4 * kLanes) == 0 ? 4 : 2;
+    for (int h = 0; h < H; h += kVecs * kLanes) {
+      Vec acc[kRows][kVecs];
+      for (int i = 0; i < kRows; ++i) {
+        for (int v = 0; v < kVecs; ++v) {
+          acc[i][v] = Load(&b.acc[(row + i) * H + h + v * kLanes]) * b.decay[row + i];
         }
       }
-      for (int i = 0; i < 4; ++i) {
-        Store(&b.acc[(row + i) * H + h], acc[i][0]);
-        Store(&b.acc[(row + i) * H + h + kLanes], acc[i][1]);
+      const float* weights = &b.scores[row * strides.row];
+      for (int j = 0; j < keys.count; ++j, weights += strides.key) {
+        Vec values[kVecs];
+        for (int v = 0; v < kVecs; ++v) values[v] = Load(keys.rows[j] + H + h + v * kLanes);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          const Vec weight = Splat(weights[i * strides.row]);
+          for (int v = 0; v < kVecs; ++v) acc[i][v] += weight * values[v];
+        }
+      }
+      for (int i = 0; i < kRows; ++i) {
+        for (int v = 0; v < kVecs; ++v) Store(&b.acc[(row + i) * H + h + v * kLanes], acc[i][v]);
       }
     }
   }

@@ -63,17 +63,18 @@ class GpuChoice(NamedTuple):
     reason: str
 
 
+def refusal(backend: GpuBackend, shape: AttentionShape, device: GpuSpec) -> str | None:
+    """Why an implementation serves neither device nor shape; None: it does."""
+    return _why_not_on(backend, device) or why_not_for(backend, shape, device)
+
+
 def choose_gpu_attention(request: GpuRequest) -> GpuChoice:
     """The first implementation that runs on the device and was not rejected."""
     if request.override != "auto":
         return _make(request.override, request, "asked for")
     passed_over: list[str] = []
     for backend in BACKENDS:
-        why_not = (
-            request.rejected.get(backend)
-            or _why_not_on(backend, request.device)
-            or why_not_for(backend, request.shape, request.device)
-        )
+        why_not = request.rejected.get(backend) or refusal(backend, request.shape, request.device)
         if why_not is None:
             return _make(backend, request, "; ".join([_MERITS[backend], *passed_over]))
         passed_over.append(f"not {backend}: {why_not}")

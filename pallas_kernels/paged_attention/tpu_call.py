@@ -101,15 +101,17 @@ def _attend(
 ) -> list[Array]:
     """The output [N, K, Y, W] and, of decodes, the pages."""
     queries, pages = inputs.queries, inputs.pages
-    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
+    smem, anywhere = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
+    # XLA brings what may lie anywhere into VMEM if it fits: a small cache, whole, for a few pages.
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     specs = Inputs(
         items=smem,
         bounds=smem,
         factors=smem,
         sinks=None if inputs.sinks is None else smem,
         table=hbm,
-        queries=hbm,
-        new=None if inputs.new is None else hbm,
+        queries=anywhere,
+        new=None if inputs.new is None else anywhere,
         pages=hbm,
     )
     outputs, aliases = [jax.ShapeDtypeStruct(queries.shape, queries.dtype)], {}
@@ -121,7 +123,7 @@ def _attend(
         partial(attend_kernel, config),
         grid=(blocks.num_cores,),
         in_specs=[specs],
-        out_specs=[hbm] * len(outputs),
+        out_specs=[anywhere, hbm][: len(outputs)],
         out_shape=outputs,
         scratch_shapes=(scratch,),
         input_output_aliases=aliases,

@@ -159,11 +159,12 @@ def write_chunks(
     new_KTC = jnp.pad(kv_TKC.swapaxes(0, 1), ((0, 0), (rows, spare), (0, 0)))
     _, num_kv, _, width = pages_PKBC.shape
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
-    hbm = pl.BlockSpec(memory_space=pl.ANY)
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # as in tpu_call.py
     return pl.pallas_call(
         partial(_kernel, rows),
         grid=(num_cores,),
-        in_specs=[smem, smem, hbm, hbm],
+        in_specs=[smem, smem, anywhere, hbm],
         out_specs=hbm,
         out_shape=jax.ShapeDtypeStruct(pages_PKBC.shape, pages_PKBC.dtype),
         scratch_shapes=[

@@ -99,6 +99,14 @@ def test_nothing_is_left_open(empty_cache):
     assert resolved(compile_cache="none")["compile_cache"] == "none"
 
 
+def test_the_page_size_is_what_was_asked_for_then_the_kernels_then_16():
+    facts = replace(TPU, page_size={"bfloat16": 64, "fp8": 128}.__getitem__)
+    assert resolved(device=TPU)["block_size"] == 16
+    assert resolved(device=facts)["block_size"] == 64
+    assert resolved(device=facts, kv_cache_dtype="fp8")["block_size"] == 128
+    assert resolved(device=facts, block_size=32)["block_size"] == 32
+
+
 def test_the_given_tree_is_not_changed_and_resolving_again_changes_nothing():
     config = engine_config_from_kwargs()
     first = resolve(config, MODEL, CPU)

@@ -1,4 +1,4 @@
-"""Every file under configs/ can be used as it is."""
+"""Every file under configs/serve and configs/batch can be used as it is."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from jaxinfer.cli.main import main
 from jaxinfer.weights.catalogue import load_catalogue
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 COMMANDS = {"serve": ["serve", "--config"], "batch": ["run"]}
+FILES = sorted(path for kind in COMMANDS for path in (ROOT / "configs" / kind).rglob("*.yaml"))
 
 
 def test_every_kind_is_there():

@@ -135,7 +135,7 @@ Progress = Callable[[str, int, int], None]
 
 def _limits(config: EngineConfig) -> EngineLimits:
     max_model_len = config.model.max_model_len or 64
-    page_size = config.cache.block_size
+    page_size = config.cache.block_size or 16
     return EngineLimits(
         max_num_seqs=config.scheduler.max_num_seqs or 8,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens or 32,

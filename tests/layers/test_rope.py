@@ -1,10 +1,17 @@
 """Rotary embedding against its definition. (Scaling rules: tests/models, against transformers.)"""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.layers.rope import RopeConfig, apply_rope, rope_angles, rope_from_hf
+from jaxinfer.layers.rope import (
+    RopeConfig,
+    apply_rope,
+    rope_angles,
+    rope_from_hf,
+    shared_rope_angles,
+)
 
 HEAD_DIM = 8
 PLAIN = rope_from_hf({"rope_theta": 100.0}, head_dim=HEAD_DIM)
@@ -54,3 +61,21 @@ def test_the_attention_factor_scales_cosines_and_sines():
     np.testing.assert_allclose(
         rotate(x_TNH, [3, 9], scaled), 1.5 * rotate(x_TNH, [3, 9]), rtol=1e-5, atol=1e-6
     )
+
+
+def test_layers_share_the_sines_and_do_not_compute_them_again():
+    positions_T = jnp.asarray([0, 7, 300, 2], jnp.int32)
+
+    def three_layers(positions_T: jax.Array, x_TNH: jax.Array, w_HH: jax.Array) -> jax.Array:
+        angles = shared_rope_angles(positions_T, PLAIN)
+        for _ in range(3):
+            x_TNH = apply_rope(x_TNH @ w_HH, angles)
+        return x_TNH
+
+    args = (positions_T, jnp.asarray(normal(4, 2, HEAD_DIM)), jnp.asarray(normal(8, HEAD_DIM)))
+    program = jax.jit(three_layers).lower(*args).compile().as_text()
+    assert program is not None
+    assert program.count(" cosine(") == program.count(" sine(") == 1
+    found, expected = shared_rope_angles(positions_T, PLAIN), rope_angles(positions_T, PLAIN)
+    np.testing.assert_allclose(found.cos_TH, expected.cos_TH, rtol=1e-6)
+    np.testing.assert_allclose(found.sin_TH, expected.sin_TH, rtol=1e-6, atol=1e-7)

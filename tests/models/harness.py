@@ -109,6 +109,7 @@ class LoadedModel:
             paths=abstract.paths,
             variables=abstract.variables,
             kernels=self.kernels,
+            mesh=self.mesh,
             vocab_size=self.definition.shape.vocab_size,
             page_size=PAGE_SIZE,
             num_pages=NUM_PAGES,

@@ -193,6 +193,30 @@ def test_a_link_to_a_directory_is_not_trusted(tmp_path, counter, caplog):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+def test_what_root_put_there_is_trusted_and_what_another_user_did_is_not(
+    tmp_path, counter, monkeypatch
+):
+    """As in a container that runs as any user id."""
+    _count(tmp_path, counter)
+    owner = tmp_path.stat().st_uid
+    monkeypatch.setattr(program_store.os, "geteuid", lambda: owner + 1)
+    store = open_store(str(tmp_path), jax.devices()[:1], _FACTS)
+    assert (store is not None) == (owner == 0)
+
+
+def test_programs_of_other_settings_are_no_reason_to_warn(tmp_path, counter, caplog):
+    """But programs of the same engine and of other versions are: see planner/test_build.py."""
+    _count(tmp_path, counter)
+    caplog.set_level("INFO", logger="jaxinfer")
+    open_store(str(tmp_path), jax.devices()[:1], {"model": {"num_layers": 3}})
+    (said,) = [record for record in caplog.records if "are ignored" in record.message]
+    assert said.levelname == "INFO"
+    assert "theirs is another model: {'num_layers': 2} (here {'num_layers': 3})" in said.message
+    caplog.clear()
+    open_store(str(tmp_path), jax.devices()[:1], _FACTS)
+    assert not caplog.records
+
+
 def test_the_directory_is_private(tmp_path, counter):
     _count(tmp_path, counter)
     assert (tmp_path / "programs").stat().st_mode & 0o777 == 0o700
@@ -202,10 +226,11 @@ def test_the_programs_used_last_stay(tmp_path, counter, monkeypatch):
     monkeypatch.setattr(program_store, "_MOST_ENTRIES", 2)
     for size in (6, 7, 8):
         _count(tmp_path, counter, size=size)
-        for age_s, path in enumerate(sorted(tmp_path.glob("programs/*"), key=_age)):
+        for age_s, path in enumerate(sorted(tmp_path.glob("programs/*.program"), key=_age)):
             os.utime(path, (1e9 + age_s, 1e9 + age_s))
     assert _count(tmp_path, counter, size=8) == 0
-    assert len(list(tmp_path.glob("programs/*"))) == 2
+    assert len(list(tmp_path.glob("programs/*.program"))) == 2
+    assert len(list(tmp_path.glob("programs/*.origin"))) == 1
 
 
 def _age(path: Path) -> float:

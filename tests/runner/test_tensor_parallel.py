@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.core.sampling_params import SamplingParams
+from jaxinfer.planner.hlo import collectives_of
 from tests.runner.conftest import MakeRunner
 from tests.runner.harness import Engine
 from tests.runner.tiny_llama import TinyLlama
@@ -47,3 +48,7 @@ def test_devices_change_no_token(
             expected_V = log_probs_TV[position]
             np.testing.assert_allclose(entry.logprobs, expected_V[entry.token_ids], atol=2e-4)
     assert runner.num_compiles_after_ready == 0
+    for program in runner._programs.steps.values():
+        # Two sums a layer and one for the embedding; logits are gathered in branches only.
+        always = [item.kind for item in collectives_of(program.as_text()) if item.always]
+        assert always == ["all-reduce"] * (2 * odd.num_layers + 1)

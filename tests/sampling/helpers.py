@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.core.sampling_params import SamplingParams
+from jaxinfer.parallel.mesh import make_mesh
 from jaxinfer.sampling.params import pack_sampling, step_words, unpack_sampling
 from jaxinfer.sampling.sampler import sample
 from jaxinfer.sampling.state import (
@@ -24,7 +25,8 @@ _write_slot = jax.jit(write_slot, donate_argnums=0)
 
 @partial(jax.jit, static_argnames="vocab_size", donate_argnums=2)
 def _step(logits_SV, words_SW, state, *, vocab_size):
-    return sample(logits_SV, unpack_sampling(words_SW), state, vocab_size=vocab_size)
+    mesh = make_mesh(tensor=1, devices=jax.devices())
+    return sample(logits_SV, unpack_sampling(words_SW), state, vocab_size=vocab_size, mesh=mesh)
 
 
 class Seq(NamedTuple):

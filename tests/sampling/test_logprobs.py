@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.parallel.mesh import make_mesh
 from jaxinfer.sampling.logprobs import prompt_logprobs, token_logprobs, unpack_logprobs
 
-_packed_token_logprobs = jax.jit(token_logprobs, static_argnames=("vocab_size", "num_top"))
+_packed_token_logprobs = jax.jit(token_logprobs, static_argnames=("vocab_size", "mesh", "num_top"))
 
 
 def _token_logprobs(*args, **kwargs):
-    return unpack_logprobs(np.asarray(_packed_token_logprobs(*args, **kwargs)))
+    mesh = make_mesh(tensor=1, devices=jax.devices())
+    return unpack_logprobs(np.asarray(_packed_token_logprobs(*args, mesh=mesh, **kwargs)))
 
 
 def _reference(logits_NV: np.ndarray, token_N: np.ndarray, num_top: int):
@@ -81,7 +83,12 @@ def test_prompt_logprobs_in_chunks(num_tokens):
     @jax.jit
     def run(hidden_TD, target_T, wanted_T):
         return prompt_logprobs(
-            hidden_TD, target_T, wanted_T, logits_of=partial(jnp.matmul, b=head_DV), vocab_size=120
+            hidden_TD,
+            target_T,
+            wanted_T,
+            logits_of=partial(jnp.matmul, b=head_DV),
+            vocab_size=120,
+            mesh=make_mesh(tensor=1, devices=jax.devices()),
         )
 
     with jax.numpy_dtype_promotion("strict"):

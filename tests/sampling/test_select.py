@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.sampling.params import pack_sampling, step_words, unpack_sampling
-from jaxinfer.sampling.select import _multiply_high, argmax_tokens, draw_tokens, top_tokens
+from jaxinfer.sampling.select import _argmax, _multiply_high, argmax_tokens, draw_tokens, top_tokens
 from tests.sampling.warpers import Filters, kept_tokens
 
 _NUM_POINTS = 1024
@@ -163,20 +163,26 @@ def test_multiply_high_is_exact(bits, total):
     assert result_S.tolist() == [word * total >> 32 for word in bits]
 
 
+# What a CPU does, and what the others do.
+_argmaxes = pytest.mark.parametrize("argmax", [argmax_tokens, _argmax])
+
+
+@_argmaxes
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(logits_V=_logits)
-def test_argmax_takes_the_lowest_id_of_equals(logits_V):
+def test_argmax_takes_the_lowest_id_of_equals(argmax, logits_V):
     logits_SV = np.stack([logits_V, logits_V[::-1]])
-    best = argmax_tokens(jnp.asarray(logits_SV))
+    best = argmax(jnp.asarray(logits_SV))
     assert best.token_S.tolist() == np.argmax(logits_SV, axis=1).tolist()
     assert best.logit_S.tolist() == logits_SV.max(axis=1).tolist()
 
 
+@_argmaxes
 @pytest.mark.parametrize("position", [0, 1, 127, 128, 255, 298, 299])
-def test_argmax_shows_a_nan_anywhere(position):
+def test_argmax_shows_a_nan_anywhere(argmax, position):
     logits_SV = np.zeros((2, _V), np.float32)
     logits_SV[0, position] = np.nan
-    best = argmax_tokens(jnp.asarray(logits_SV))
+    best = argmax(jnp.asarray(logits_SV))
     assert np.isnan(best.logit_S[0])
     assert best.logit_S[1] == 0
 

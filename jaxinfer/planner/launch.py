@@ -1,0 +1,74 @@
+"""Asks a child process: compilers of devices that are not here want a process of their own.
+
+They read the environment when they are loaded, and JAX must not look for devices. The child gets a
+request as JSON on its stdin, answers with one line on its stdout, and logs to our stderr. Imports
+no JAX.
+"""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TypeVar
+
+import msgspec
+
+from jaxinfer import errors
+from jaxinfer.config.env import child_environment
+from jaxinfer.errors import CapacityError, JaxInferError, UserError
+from jaxinfer.planner.messages import BuildRequest, BuildResult, Failure, PlanRequest, PlanResult
+
+COMPILER_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {
+        "JAX_PLATFORMS": "cpu",  # no device is looked for
+        "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask its cloud which TPU this is
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it runs nothing, so others may use libtpu meanwhile
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+)
+
+AnswerT = TypeVar("AnswerT")
+
+
+def plan(request: PlanRequest, *, log_level: str) -> PlanResult:
+    """Raises the UserError that the child met, and JaxInferError when it died."""
+    return _ask(request, PlanResult, log_level)
+
+
+def build(request: BuildRequest, *, log_level: str) -> BuildResult:
+    """As `plan`; CapacityError for what does not fit."""
+    return _ask(request, BuildResult, log_level)
+
+
+def _ask(request: PlanRequest | BuildRequest, answer: type[AnswerT], log_level: str) -> AnswerT:
+    kind = type(request).__name__
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        f"from jaxinfer.planner.process import main; sys.exit(main({kind!r}, {log_level!r}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        input=msgspec.json.encode(request),
+        stdout=subprocess.PIPE,
+        env=child_environment(**COMPILER_ENVIRONMENT),
+        check=False,
+    )
+    lines = result.stdout.splitlines()
+    if result.returncode != 0 or not lines:
+        how = f"signal {-result.returncode}" if result.returncode < 0 else result.returncode
+        raise JaxInferError(
+            f"the planner's process ended early ({how}); its log above says why. "
+            "If memory ran out: --no-compile gives the arithmetic without a compiler."
+        )
+    decoded = msgspec.json.decode(lines[-1], type=answer | Failure)  # type: ignore[operator]
+    if isinstance(decoded, Failure):
+        raise _error(decoded)
+    return decoded
+
+
+def _error(failure: Failure) -> JaxInferError:
+    known = vars(errors).get(failure.kind)
+    if isinstance(known, type) and issubclass(known, UserError | CapacityError):
+        return known(failure.message)
+    return UserError(failure.message)

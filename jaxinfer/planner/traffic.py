@@ -1,0 +1,271 @@
+"""How many bytes a compiled program moves to and from the device's memory, read from its text.
+
+XLA's own figure ("bytes accessed") cannot be compared with what must move: it counts what stays on
+the chip, whole tables of which a few rows are read, both branches of a conditional, and the upper
+bound that a kernel gives its scheduler. Here an operation moves its operands and results that lie
+in memory (a TPU's program says which lie in VMEM instead), of a slice or gather what it takes, of
+an update what it writes; of a conditional the branch that moves less (greedy sampling, no
+log-probabilities); of a loop its body as often as XLA knows it to run, once otherwise.
+
+A cache of pages is left out of the figure: what a kernel reads of it depends on the step. Instead
+`page_bytes` is what anything but kernels moves of it, which should be nothing.
+
+Knows the syntax of XLA's HLO text; imports nothing of JAX.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
+_ARRAY = re.compile(
+    r"(?P<type>pred|[a-z]+\d+(?:e\dm\d\w*)?)\[(?P<dims>[\d,]*)\](?P<layout>\{[^{}]*\})?"
+)
+_SPACE = re.compile(r"S\((\d+)\)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+
+_FREE = frozenset(
+    """parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota
+    opt-barrier copy-done slice-done async-done call-done all-reduce-done all-gather-done
+    reduce-scatter-done collective-permute-done async-update""".split()
+)
+_VIEWS = frozenset({"bitcast", "reshape", "copy", "transpose", "convert"})
+_TAKES = frozenset({"gather", "slice", "dynamic-slice"})
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written
+
+
+class Moved(NamedTuple):
+    """One operation and the bytes it moves, over all its runs."""
+
+    num_bytes: int
+    opcode: str
+    where: str  # in the traced program, as far as XLA says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Of one run of the program on one device."""
+
+    num_bytes: int  # without the pages
+    page_bytes: int  # of the pages, by anything but kernels
+    largest: tuple[Moved, ...]  # largest first
+
+
+class _Array(NamedTuple):
+    num_bytes: int
+    dims: tuple[int, ...]
+    in_memory: bool
+
+
+class _Op(NamedTuple):
+    name: str
+    opcode: str
+    results: tuple[_Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+
+def traffic_of(text: str, *, pages: tuple[int, ...], num_largest: int = 10) -> Traffic:
+    """`pages` is the shape of a layer's pages on one device."""
+    program = _Program(_parse(text), pages)
+    moved, page_bytes = program.run("ENTRY")
+    largest = sorted(moved, reverse=True)[:num_largest]
+    return Traffic(
+        num_bytes=sum(item.num_bytes for item in moved),
+        page_bytes=page_bytes,
+        largest=tuple(largest),
+    )
+
+
+class _Program:
+    """The computations of a program, and what running one of them moves."""
+
+    def __init__(self, computations: Mapping[str, Sequence[_Op]], pages: tuple[int, ...]) -> None:
+        self.computations = computations
+        self.pages = pages
+
+    def run(self, name: str) -> tuple[list[Moved], int]:
+        """The operations of a computation with their bytes, and the bytes of pages."""
+        ops = {op.name: op for op in self.computations[name]}
+        moved: list[Moved] = []
+        page_bytes = 0
+        for op in ops.values():
+            inside = self._inside(op)
+            if inside is not None:
+                times, (more, more_pages) = inside
+                moved += [item._replace(num_bytes=times * item.num_bytes) for item in more]
+                page_bytes += times * more_pages
+                continue
+            arrays = self._arrays(op, ops)
+            if op.opcode != "custom-call":  # a kernel
+                page_bytes += sum(size for size, dims in arrays if dims == self.pages)
+            num_bytes = sum(size for size, dims in arrays if dims != self.pages)
+            if num_bytes:
+                found = _OP_NAME.search(op.attributes)
+                moved.append(Moved(num_bytes, op.opcode, found[1] if found else op.name))
+        return moved, page_bytes
+
+    def _inside(self, op: _Op) -> tuple[int, tuple[list[Moved], int]] | None:
+        """What control flow runs, and how often; None for an operation that moves bytes itself."""
+        branches = _BRANCHES.search(op.attributes)
+        if op.opcode == "conditional" and branches is not None:
+            runs = [self.run(name.strip().lstrip("%")) for name in branches[1].split(",")]
+            return 1, min(runs, key=lambda run: sum(item.num_bytes for item in run[0]))
+        if op.opcode == "while":
+            body, trips = _BODY.search(op.attributes), _TRIPS.search(op.attributes)
+            assert body is not None, op.name
+            return int(trips[1]) if trips else 1, self.run(body[1])
+        called = _CALLED.search(op.attributes)
+        if op.opcode in ("call", "async-start", "call-start") and called is not None:
+            return 1, self.run(called[1])
+        return None
+
+    def _arrays(self, op: _Op, ops: Mapping[str, _Op]) -> list[tuple[int, tuple[int, ...]]]:
+        """What an operation moves: bytes, and the dimensions of the array they belong to."""
+        if op.opcode in _FREE or "cross_program_prefetch_index" in op.attributes:
+            return []  # such a prefetch is of the next run's weights, or of this one's by the last
+        if op.opcode in ("copy-start", "slice-start"):
+            return _copied(op)
+        body = {}
+        called = _CALLED.search(op.attributes)
+        if op.opcode == "fusion" and called is not None:
+            body = {inner.name: inner for inner in self.computations[called[1]]}
+        moved = [
+            (size, array.dims)
+            for index, name in enumerate(dict.fromkeys(op.operands))
+            if name in ops
+            for array in ops[name].results
+            if array.in_memory
+            and (size := _taken(op, op.operands.index(name), array, body, ops)) is not None
+        ]
+        written = _written(op, body, ops)
+        results = op.results[-1:] if op.opcode.endswith("-start") else op.results
+        return moved + [
+            (min(array.num_bytes, written or array.num_bytes), array.dims)
+            for array in results
+            if array.in_memory
+        ]
+
+
+def _copied(op: _Op) -> list[tuple[int, tuple[int, ...]]]:
+    """A copy's result is (to, from, token); a slice's (from, to, token): both move the smaller."""
+    arrays = [array for array in op.results if array.num_bytes > 4][:2]
+    size = min((array.num_bytes for array in arrays), default=0)
+    return [(size, array.dims) for array in arrays if array.in_memory]
+
+
+def _taken(
+    op: _Op, operand: int, array: _Array, body: Mapping[str, _Op], ops: Mapping[str, _Op]
+) -> int | None:
+    """Bytes of an operand that are read."""
+    if not body:
+        if op.opcode in _TAKES and operand == 0:
+            return op.results[0].num_bytes
+        if op.opcode in _UPDATES and operand == 0:
+            return _size(ops, op.operands[_UPDATES[op.opcode]])
+        return array.num_bytes
+    parameter = f"parameter({operand})"
+    start = next((inner for inner in body.values() if parameter in inner.attributes), None)
+    return array.num_bytes if start is None else min(array.num_bytes, _read_of(start, body))
+
+
+def _read_of(source: _Op, body: Mapping[str, _Op]) -> int:
+    """Bytes of a value inside a fusion that its users take."""
+    total = 0
+    for user in body.values():
+        if source.name not in user.operands:
+            continue
+        is_first = user.operands[0] == source.name
+        if user.opcode in _TAKES and is_first:
+            total += user.results[0].num_bytes
+        elif user.opcode in _UPDATES and is_first:
+            total += _size(body, user.operands[_UPDATES[user.opcode]])
+        elif user.opcode in _VIEWS:
+            total += _read_of(user, body)
+        else:
+            return source.results[0].num_bytes
+    return total
+
+
+def _written(op: _Op, body: Mapping[str, _Op], ops: Mapping[str, _Op]) -> int | None:
+    """Bytes of a result that are written, where an operation changes a part of it in place."""
+    if not body:
+        if op.opcode in _UPDATES:
+            return _size(ops, op.operands[_UPDATES[op.opcode]])
+        return None
+    root = next((inner for inner in body.values() if inner.is_root), None)
+    while root is not None and root.opcode in _VIEWS:
+        root = body.get(root.operands[0])
+    if root is None or root.opcode not in _UPDATES:
+        return None
+    return _size(body, root.operands[_UPDATES[root.opcode]])
+
+
+def _size(ops: Mapping[str, _Op], name: str) -> int:
+    return sum(array.num_bytes for array in ops[name].results) if name in ops else 0
+
+
+def _parse(text: str) -> dict[str, list[_Op]]:
+    """Computation name -> its operations; the entry's is "ENTRY"."""
+    computations: dict[str, list[_Op]] = {}
+    current: list[_Op] = []
+    for line in text.splitlines():
+        header = None if line.startswith(" ") else _HEADER.match(line)
+        if header is not None:
+            current = computations.setdefault("ENTRY" if header["entry"] else header["name"], [])
+            continue
+        match = _INSTRUCTION.match(line)
+        if match is not None:
+            current.append(_parse_op(match["name"], match["rest"], is_root=bool(match["root"])))
+    return computations
+
+
+def _parse_op(name: str, rest: str, *, is_root: bool) -> _Op:
+    """`rest` is `TYPE OPCODE(OPERANDS), ATTRIBUTES`; the type may be a tuple."""
+    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    results, call = rest[:end], rest[end:].lstrip()
+    opcode, operands_on = call.split("(", 1)
+    length = _closing("(" + operands_on) - 2
+    operands, attributes = operands_on[:length], operands_on[length + 1 :]
+    if opcode == "parameter":
+        attributes = f"parameter({operands})"
+    return _Op(
+        name=name,
+        opcode=opcode,
+        results=tuple(_arrays_of(results)),
+        operands=tuple(re.findall(r"%([\w.\-]+)", operands)),
+        attributes=attributes,
+        is_root=is_root,
+    )
+
+
+def _closing(text: str) -> int:
+    """One behind the parenthesis that closes the first."""
+    depth = 0
+    for index, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return index + 1
+    raise AssertionError(f"unbalanced: {text[:80]}")
+
+
+def _arrays_of(type_text: str) -> Iterable[_Array]:
+    for match in _ARRAY.finditer(type_text):
+        dims = tuple(int(size) for size in match["dims"].split(",") if size)
+        bits = re.search(r"\d+", match["type"])
+        count = 1
+        for size in dims:
+            count *= size
+        space = _SPACE.search(match["layout"] or "")
+        yield _Array(
+            num_bytes=count * (int(bits[0]) if bits else 8) // 8,
+            dims=dims,
+            in_memory=space is None or space[1] == "0",
+        )

@@ -1,0 +1,134 @@
+"""What a program moves, from short programs in XLA's syntax and from one that XLA made."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.planner.traffic import traffic_of
+
+PAGES = (8, 2, 16, 128)
+ROW = 4 * 256  # bytes of f32[256]
+
+
+def program(*lines: str, others: str = "") -> str:
+    body = "\n".join(f"  {line}" for line in lines)
+    return f"HloModule step\n{others}\nENTRY %main (x: f32[256]) -> f32[256] {{\n{body}\n}}\n"
+
+
+def moved(*lines: str, others: str = "") -> int:
+    return traffic_of(program(*lines, others=others), pages=PAGES).num_bytes
+
+
+X = "%x = f32[256]{0:T(256)} parameter(0)"
+
+
+def test_an_operation_moves_its_operands_and_results() -> None:
+    assert moved(X, "ROOT %y = f32[256]{0:T(256)} add(%x, %x)") == 2 * ROW
+
+
+def test_what_lies_on_the_chip_is_not_moved() -> None:
+    assert moved(
+        X,
+        "%y = f32[256]{0:T(256)S(1)} negate(%x)",
+        "%z = f32[256]{0:T(256)S(1)} negate(%y)",
+        "ROOT %b = f32[256]{0:T(256)} bitcast(%z)",
+    ) == ROW  # fmt: skip
+
+
+def test_a_prefetch_moves_what_it_brings() -> None:
+    big = "%x = f32[1024]{0} parameter(0)"
+    start = "%s = ((f32[1024]{0}), f32[256]{0:S(1)}, s32[]{:S(2)}) slice-start(%x)"
+    assert moved(big, start, "ROOT %d = f32[256]{0:S(1)} slice-done(%s)") == ROW
+    copy = "%c = (f32[256]{0:S(1)}, f32[256]{0}, u32[]{:S(2)}) copy-start(%x)"
+    assert moved(X, copy, "ROOT %d = f32[256]{0:S(1)} copy-done(%c)") == ROW
+    # Of two programs that run in turn, the one before has brought it.
+    assert moved(X, f"{copy}, cross_program_prefetch_index=0") == 0
+
+
+FUSED = """
+%gathers (p: f32[4096,256], i: s32[2]) -> f32[2,256] {
+  %p = f32[4096,256]{1,0} parameter(0)
+  %i = s32[2]{0} parameter(1)
+  %b = f32[4096,256]{1,0} bitcast(%p)
+  ROOT %g = f32[2,256]{1,0} gather(%b, %i), slice_sizes={1,256}
+}
+
+%updates (p: f32[4096,256], u: f32[1,256], i: s32[]) -> f32[4096,256] {
+  %p = f32[4096,256]{1,0} parameter(0)
+  %u = f32[1,256]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %d = f32[4096,256]{1,0} dynamic-update-slice(%p, %u, %i, %i)
+}
+"""
+TABLE = "%t = f32[4096,256]{1,0} parameter(0)"
+
+
+def test_of_a_table_the_rows_that_are_looked_up() -> None:
+    indices = "%i = s32[2]{0:S(1)} parameter(1)"
+    fusion = "ROOT %f = f32[2,256]{1,0} fusion(%t, %i), kind=kCustom, calls=%gathers"
+    assert moved(TABLE, indices, fusion, others=FUSED) == 4 * ROW
+    assert moved(TABLE, indices, "ROOT %f = f32[2,256]{1,0} gather(%t, %i)") == 4 * ROW
+
+
+def test_of_an_update_in_place_what_is_written() -> None:
+    operands = "%u = f32[1,256]{1,0:S(1)} parameter(1)", "%i = s32[]{:S(6)} parameter(2)"
+    fusion = "ROOT %f = f32[4096,256]{1,0} fusion(%t, %u, %i), kind=kLoop, calls=%updates"
+    assert moved(TABLE, *operands, fusion, others=FUSED) == 2 * ROW
+
+
+CONTROL = """
+%cheap (a: f32[256]) -> f32[256] {
+  %a = f32[256]{0} parameter(0)
+  ROOT %n = f32[256]{0} negate(%a)
+}
+
+%dear (a: f32[256]) -> f32[256] {
+  %a = f32[256]{0} parameter(0)
+  %n = f32[256]{0} negate(%a)
+  ROOT %m = f32[256]{0} negate(%n)
+}
+"""
+
+
+def test_a_branch_counts_as_the_cheaper_and_a_loop_as_often_as_it_runs() -> None:
+    flag = "%c = s32[] parameter(1)"
+    either = "ROOT %y = f32[256]{0} conditional(%c, %x, %x), branch_computations={%dear, %cheap}"
+    assert moved(X, flag, either, others=CONTROL) == 2 * ROW
+    loop = "ROOT %y = f32[256]{0} while(%x), condition=%c, body=%dear"
+    assert moved(X, loop, others=CONTROL) == 4 * ROW
+    known = f'{loop}, backend_config={{"known_trip_count":{{"n":"5"}}}}'
+    assert moved(X, known, others=CONTROL) == 20 * ROW
+
+
+def test_pages_are_the_kernels_and_nobody_elses() -> None:
+    pages = "%p = bf16[8,2,16,128]{3,2,1,0} parameter(0)"
+    kernel = "%k = bf16[8,2,16,128]{3,2,1,0} custom-call(%p)"
+    only_kernel = traffic_of(program(pages, kernel), pages=PAGES)
+    assert (only_kernel.num_bytes, only_kernel.page_bytes) == (0, 0)
+    copied = traffic_of(
+        program(pages, kernel, "ROOT %c = bf16[8,2,16,128]{3,2,1,0} copy(%k)"), pages=PAGES
+    )
+    assert (copied.num_bytes, copied.page_bytes) == (0, 2 * 2 * 8 * 2 * 16 * 128)
+
+
+def test_the_largest_come_first_with_their_place() -> None:
+    traffic = traffic_of(
+        program(
+            X,
+            '%y = f32[256]{0} negate(%x), metadata={op_name="jit(step)/mlp"}',
+            "%z = f32[8]{0} slice(%y)",
+        ),
+        pages=PAGES,
+    )
+    assert [item.num_bytes for item in traffic.largest] == [2 * ROW, 64]
+    assert traffic.largest[0].where == "jit(step)/mlp"
+
+
+def test_a_program_of_xla() -> None:
+    def step(weights_DF: jax.Array, x_TD: jax.Array) -> jax.Array:
+        return jnp.tanh(x_TD @ weights_DF)
+
+    weights, x = jnp.zeros((64, 32)), jnp.zeros((8, 64))
+    text = jax.jit(step).lower(weights, x).compile().as_text()
+    assert text is not None
+    least = 4 * (64 * 32 + 8 * 64 + 8 * 32)
+    assert least <= traffic_of(text, pages=PAGES).num_bytes <= least + 2 * 2 * 4 * 8 * 32
