@@ -82,7 +82,7 @@ class ProgramFacts:
     temp_bytes: int
     code_bytes: int
     bytes_accessed: float  # XLA's cost analysis; a kernel counts as its own estimate says
-    flops: float  # both are 0 where a compiler makes no such analysis: CUDA's
+    flops: float  # both are 0 where they are not known: CUDA's compiler says neither
     collectives: tuple[Collective, ...]
     trace_s: float
     compile_s: float

@@ -3,8 +3,8 @@
 Layers of equal shape cost XLA as much each, and a step of many takes minutes to compile. So of a
 model of more than a few such layers the decode step is compiled with one and with two, the step
 with prompts with two, and each figure is continued by what the second layer added: to the latter in
-proportion to its tokens. tests/planner/test_steps.py compares that with whole compilations, and
-docs/results/plans.md says what it was for real sizes. A TPU's compiler is told to hurry
+proportion to its tokens, save FLOPs and bytes, which are not (prompts attend otherwise) and are left
+out. tests/planner/test_steps.py compares that with whole compilations. A TPU's compiler is told to hurry
 (`_HURRY`), which costs it some temporaries: the plan errs to the safe side.
 """
 
@@ -119,7 +119,7 @@ def continued(
 
     `one` and `two` are of a step that has `ratio` times fewer tokens than that of `facts`.
     """
-    more = num_layers - 2
+    more, is_same_step = num_layers - 2, ratio == 1
 
     def grow(value: int, first: int, second: int, times: float = 1) -> int:
         return value + more * round(max(second - first, 0) * times)
@@ -131,8 +131,10 @@ def continued(
         alias_bytes=grow(facts.alias_bytes, one.alias_bytes, two.alias_bytes),
         temp_bytes=grow(facts.temp_bytes, one.temp_bytes, two.temp_bytes, ratio),
         code_bytes=grow(facts.code_bytes, one.code_bytes, two.code_bytes),
-        bytes_accessed=facts.bytes_accessed + more * (two.bytes_accessed - one.bytes_accessed),
-        flops=facts.flops + more * (two.flops - one.flops) * ratio,
+        bytes_accessed=facts.bytes_accessed + more * (two.bytes_accessed - one.bytes_accessed)
+        if is_same_step
+        else 0.0,
+        flops=facts.flops + more * (two.flops - one.flops) if is_same_step else 0.0,
         collectives=facts.collectives + _of_a_layer(one, two, ratio) * more,
         trace_s=facts.trace_s,
         compile_s=facts.compile_s,

@@ -49,7 +49,8 @@ def test_layers_are_continued():
 def test_larger_steps_grow_in_proportion():
     mixed = replace(TWO, collectives=())
     whole = continued(mixed, ONE, TWO, num_layers=3, ratio=4)
-    assert (whole.argument_bytes, whole.temp_bytes, whole.flops) == (1200, 75, 350.0)
+    assert (whole.argument_bytes, whole.temp_bytes) == (1200, 75)
+    assert whole.flops == whole.bytes_accessed == 0
     assert [item.num_bytes for item in whole.collectives] == [32, 32]
 
 
@@ -64,14 +65,15 @@ def test_layers_that_differ_are_not_continued():
 @pytest.mark.slow
 def test_it_is_what_compiling_all_layers_says(tmp_path: Path):
     few, all_ = (_rows(tmp_path, all_layers=all_layers) for all_layers in (False, True))
+    assert few[0].flops == pytest.approx(all_[0].flops, rel=0.02)
+    assert few[0].bytes_accessed == pytest.approx(all_[0].bytes_accessed, rel=0.02)
     for continued_row, whole in zip(few, all_, strict=True):
         assert continued_row.num_layers_compiled == 2
         assert whole.num_layers_compiled == 8
         assert continued_row.collectives == whole.collectives
         assert continued_row.argument_bytes == whole.argument_bytes
         assert continued_row.alias_bytes == whole.alias_bytes
-        assert continued_row.flops == pytest.approx(whole.flops, rel=0.02)
-        assert continued_row.temp_bytes == pytest.approx(whole.temp_bytes, rel=0.1)
+        assert 1.0 <= continued_row.temp_bytes / whole.temp_bytes <= 1.25  # never too few
 
 
 def _rows(directory: Path, **kwargs: Any) -> list[ProgramRow]:
