@@ -156,15 +156,9 @@ class Kernel {
     keys.first = first;
     keys.count = static_cast<int>(std::min<int64_t>(kChunk, last + 1 - first));
     const int32_t* table = s_.page_table + int64_t{s_.slots[item.seq]} * s_.table_width;
-    const auto row_of = [&](int64_t place) {
-      return Row(table[place / s_.page_size], item.kv_head, place % s_.page_size);
-    };
-    // The pages of the next chunk are elsewhere: the processor cannot guess them.
-    for (int64_t place = first + kChunk; place <= last && place < first + 2 * kChunk; ++place) {
-      Prefetch(row_of(place));
-    }
     for (int j = 0; j < keys.count; ++j) {
-      const Storage* row = row_of(first + j);
+      const int64_t place = first + j;
+      const Storage* row = Row(table[place / s_.page_size], item.kv_head, place % s_.page_size);
       if constexpr (sizeof(Storage) == 4) {
         keys.rows[j] = row;
       } else {
@@ -176,12 +170,7 @@ class Kernel {
     return keys;
   }
 
-  static void Prefetch(const Storage* row) {
-    const auto* line = reinterpret_cast<const char*>(row);
-    for (size_t i = 0; i < 2 * H * sizeof(Storage); i += 64) __builtin_prefetch(line + i, 0, 2);
-  }
-
-  // One query token (few rows): scores are [row, key], every key is seen by all rows or by none.
+  // Few rows: scores are [row, key].
   void FewRows(Scratch& b, const Keys& keys, int64_t num_rows) const {
     for (int j = 0; j < keys.count; ++j) {
       for (int64_t row = 0; row < num_rows; ++row) {
