@@ -4,6 +4,7 @@ The environment is set here, before any test module can import JAX; processes th
 inherit it.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Commands that a test runs in this process set up the log; the next test must not notice."""
+    logger = logging.getLogger("jaxinfer")
+    level, propagate = logger.level, logger.propagate
+    handlers, filters = logger.handlers[:], logger.filters[:]
+    yield
+    logger.setLevel(level)
+    logger.propagate = propagate
+    logger.handlers[:], logger.filters[:] = handlers, filters
 
 
 @pytest.fixture(scope="session")

@@ -2,22 +2,10 @@
 
 import logging
 import threading
-from collections.abc import Iterator
 
 import pytest
 
 from jaxinfer.logging import ROOT, configure_logging, get_logger, log_phase
-
-
-@pytest.fixture(autouse=True)
-def restore_logger() -> Iterator[None]:
-    logger = logging.getLogger(ROOT)
-    before = (logger.handlers[:], logger.level, logger.propagate)
-    filters = logger.filters[:]
-    yield
-    logger.filters[:] = filters
-    logger.handlers[:], logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
 
 
 def test_lines_name_time_level_process_and_module(capsys: pytest.CaptureFixture[str]):

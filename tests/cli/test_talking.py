@@ -16,6 +16,7 @@ def run_jaxinfer(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=240)
 
 
+@pytest.mark.slow  # the next one differs by the chat template only
 def test_generate_completes_a_prompt(smollm2_gguf: Path):
     argv = ["-p", "The capital of France is", "--temperature", "0", "--max-tokens", "8"]
     result = run_jaxinfer("generate", str(smollm2_gguf), *argv)

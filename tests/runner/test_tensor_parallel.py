@@ -18,7 +18,7 @@ def odd() -> TinyLlama:
     )
 
 
-@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("tensor", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_devices_change_no_token(
     odd: TinyLlama, tensor: int, make_runner: MakeRunner, tmp_path_factory: pytest.TempPathFactory
 ):

@@ -19,7 +19,13 @@ def _logits(num: int, seed: int = 0, vocab_size: int = _V) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(num, vocab_size)).astype(np.float32) * 3
 
 
-@pytest.mark.parametrize("num_seqs", [1, 4, 16, 17, 40])
+_SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "num_seqs", [1, pytest.param(4, marks=_SLOW), pytest.param(16, marks=_SLOW), 17,
+                 pytest.param(40, marks=_SLOW)]
+)  # fmt: skip
 def test_greedy_is_argmax_beside_random_rows(num_seqs):
     """Beyond 16 rows the sampler works in chunks; 17 and 40 leave the last one not full."""
     logits_SV = _logits(num_seqs)
