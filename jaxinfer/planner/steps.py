@@ -2,10 +2,10 @@
 
 Layers of equal shape cost XLA as much each, and a step of many takes minutes to compile. So of a
 model of more than a few such layers the decode step is compiled with one and with two, the step
-with prompts with two, and each figure is continued by what the second layer added: to the latter in
-proportion to its tokens, save FLOPs and bytes, which are not (prompts attend otherwise) and are left
-out. tests/planner/test_steps.py compares that with whole compilations. A TPU's compiler is told to hurry
-(`_HURRY`), which costs it some temporaries: the plan errs to the safe side.
+with prompts with two, and each figure is continued by what the second layer added: to the latter
+in proportion to its tokens, save FLOPs and bytes, which are not (prompts attend otherwise) and are
+left out. tests/planner/test_steps.py compares that with whole compilations. A TPU's compiler is
+told to hurry (`_HURRY`), which costs it some temporaries: the plan errs to the safe side.
 """
 
 from collections import Counter
