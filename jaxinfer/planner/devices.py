@@ -6,6 +6,7 @@ COMPILER_ENVIRONMENT. Interface: `target_devices(target)` gives `jax.Device`s th
 compiled for, not run on.
 """
 
+import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -17,6 +18,8 @@ from jaxinfer.parallel.mesh import Device
 from jaxinfer.planner.chips import Chip
 from jaxinfer.planner.topologies import SUGGESTED, Target, parse_topology
 
+_LOADING = threading.Lock()  # JAX loads a plugin at its first use, and not from two threads
+
 
 class MissingCompilerError(UserError):
     """The target's compiler is not installed; the message names what to install."""
@@ -25,10 +28,11 @@ class MissingCompilerError(UserError):
 def target_devices(target: Target) -> tuple[Device, ...]:
     """The devices; a CPU's are real. Raises MissingCompilerError, and ConfigError for what the
     compiler refuses."""
-    if target.chip.platform == "tpu":
-        return _tpu_devices(target)
-    if target.chip.platform == "gpu":
-        return _gpu_devices(target)
+    with _LOADING:
+        if target.chip.platform == "tpu":
+            return _tpu_devices(target)
+        if target.chip.platform == "gpu":
+            return _gpu_devices(target)
     return stand_ins(target.num_devices)
 
 
