@@ -11,9 +11,9 @@ from jaxinfer.config.job import BatchConfig
 from jaxinfer.config.schema import ServerConfig
 from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.engine.async_engine import AsyncEngine
-from jaxinfer.engine.client import ProcessClient
+from jaxinfer.engine.launch import supervised_core
 from jaxinfer.engine.model_source import LoadedModel, sampling_defaults
-from jaxinfer.engine.supervisor import SupervisedClient, SupervisionPolicy
+from jaxinfer.engine.supervisor import SupervisionPolicy
 from jaxinfer.server.state import ServerState
 
 
@@ -31,17 +31,14 @@ async def running_engine(
     """Serves inside of the block. Raises what keeps it from starting."""
     run = config.run
     defaults = sampling_defaults(model.tokenizer, config.engine.model)
-    client = SupervisedClient(
-        lambda: ProcessClient(
-            config.engine,
-            on_progress=on_progress,
-            runner_factory=runner_factory,
-            log_level=run.log_level,
-        ),
+    client = supervised_core(
+        config.engine,
         SupervisionPolicy(
             stall_timeout_s=run.engine_stall_timeout, max_restarts=run.engine_max_restarts
         ),
         on_progress=on_progress,
+        runner_factory=runner_factory,
+        log_level=run.log_level,
     )
     engine = AsyncEngine(client, model.tokenizer, model.name)
     state = ServerState(

@@ -17,13 +17,15 @@ from jaxinfer.core.outputs import RequestOutput
 from jaxinfer.core.progress import ProgressCallback, ignore_progress
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.engine.admission import check_priority
-from jaxinfer.engine.client import EngineClient, ProcessClient, error_from
+from jaxinfer.engine.client import EngineClient, error_from
 from jaxinfer.engine.events import CoreBack, CoreLost
 from jaxinfer.engine.fan_out import random_seed
 from jaxinfer.engine.inputs import InputProcessor, Prompt, ValidatedPrompt
+from jaxinfer.engine.launch import supervised_core
 from jaxinfer.engine.model_source import load_model_tokenizer
 from jaxinfer.engine.output_processor import OutputProcessor
 from jaxinfer.engine.request_state import OnFinished, OnStep, OnTokens, OutputKind, RequestState
+from jaxinfer.engine.supervisor import SupervisionPolicy
 from jaxinfer.errors import EngineDeadError, JaxInferError, QueueFullError, RequestError
 from jaxinfer.logging import get_logger
 from jaxinfer.tokenizer.tokenizer import Tokenizer
@@ -105,14 +107,20 @@ class AsyncEngine:
         model: str | None = None,
         *,
         on_progress: ProgressCallback = ignore_progress,
+        supervision: SupervisionPolicy | None = None,
         **engine_args: Any,
     ) -> "AsyncEngine":
-        """An engine whose core will be a child process; `engine_args` are those of `LLM`."""
+        """An engine whose core will be a child process; `engine_args` are those of `LLM`.
+
+        A core that dies or stalls fails its open requests and is restarted, as `supervision` says
+        (None: as `jaxinfer serve` does without flags).
+        """
         if model is not None:
             engine_args["model"] = model
         config = engine_config_from_kwargs(**engine_args)
         loaded = load_model_tokenizer(config, on_progress)
-        client = ProcessClient(config, on_progress=on_progress)
+        policy = supervision or SupervisionPolicy()
+        client = supervised_core(config, policy, on_progress=on_progress)
         return cls(client, loaded.tokenizer, loaded.name)
 
     @property

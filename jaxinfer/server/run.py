@@ -20,7 +20,7 @@ from aiohttp import web
 from jaxinfer.config.schema import EngineConfig, ServeConfig
 from jaxinfer.engine.async_engine import AsyncEngine
 from jaxinfer.engine.build import DEFAULT_RUNNER_FACTORY
-from jaxinfer.engine.client import ProcessClient
+from jaxinfer.engine.launch import supervised_core
 from jaxinfer.engine.model_source import LoadedModel, load_model_tokenizer, sampling_defaults
 from jaxinfer.engine.supervisor import SupervisedClient, SupervisionPolicy
 from jaxinfer.errors import ConfigError
@@ -177,18 +177,15 @@ class _Server:
         config, progress = self._config, self._progress
         model = await _in_thread(lambda: _load(config.engine, progress))
         defaults = sampling_defaults(model.tokenizer, config.engine.model)
-        self._client = SupervisedClient(
-            lambda: ProcessClient(
-                config.engine,
-                on_progress=progress,
-                runner_factory=self._runner_factory,
-                log_level=config.server.log_level,
-            ),
+        self._client = supervised_core(
+            config.engine,
             SupervisionPolicy(
                 stall_timeout_s=config.server.engine_stall_timeout,
                 max_restarts=config.server.engine_max_restarts,
             ),
             on_progress=progress,
+            runner_factory=self._runner_factory,
+            log_level=config.server.log_level,
         )
         engine = AsyncEngine(self._client, model.tokenizer, model.name)
         self._engine = engine
