@@ -14,7 +14,7 @@ from pallas_kernels.devices import TPUS
 from pallas_kernels.matmul.cpu import PanelMatmul, StoredDType
 from pallas_kernels.native.library import NativeKernels
 from pallas_kernels.paged_attention import cpu, tpu, xla
-from pallas_kernels.paged_attention.api import PagedAttention, PlanAttention
+from pallas_kernels.paged_attention.api import EmptyPages, PagedAttention, PlanAttention
 from pallas_kernels.paged_attention.gpu_choice import GpuRequest, choose_gpu_attention
 from pallas_kernels.paged_attention.tuning import AttentionShape, TpuBlocks, choose_blocks, refusal
 
@@ -26,8 +26,10 @@ class KernelSet:
     plan_attention: PlanAttention
     paged_attention: PagedAttention
     kv_storage_dtype: Callable[[DTypeLike], jnp.dtype]  # of page arrays that hold a dtype
+    empty_pages: EmptyPages = jnp.zeros
     matmul: PanelMatmul | None  # stores weights for itself; None: XLA's own over plain weights
-    reasons: tuple[str, ...]  # one line an op: what was chosen and why
+    reasons: tuple[str, ...]  # one line an op: what was chosen and why; names compiled programs
+    verdicts: tuple[str, ...] = ()  # what a device's checks of kernels said (checked.py)
     attention_backend: str = "xla"  # the name by which it is asked for or passed over
 
 
@@ -61,11 +63,13 @@ def choose_kernels(
     backend, reason = "xla", f"XLA ops, the only implementation for {platform} so far"
     attention: PagedAttention = xla.paged_attention
     plan: PlanAttention = xla.plan
+    empty_pages: EmptyPages = jnp.zeros
     if attention_backend == "xla":
         reason = "XLA ops, as asked for"
     elif native is not None and native.paged_attention is not None:
         backend, reason = "native", native.paged_attention_reason
         attention = cpu.make_paged_attention(native.paged_attention)
+        empty_pages = cpu.make_empty_pages(native.paged_attention)
     elif native is not None:
         reason = f"XLA ops, since the C++ kernel is not to be had: {native.paged_attention_reason}"
     elif platform == "tpu" and attention_shape is not None:
@@ -82,6 +86,7 @@ def choose_kernels(
         plan_attention=plan,
         paged_attention=attention,
         kv_storage_dtype=xla.storage_dtype if platform == "cpu" else _as_it_is,
+        empty_pages=empty_pages,
         matmul=matmul,
         reasons=(f"paged_attention: {reason}", f"matmul: {matmul_reason}"),
         attention_backend=backend,

@@ -233,10 +233,13 @@ def open_side(name: str, args: argparse.Namespace) -> Any:
 def take_turns(sides: Sequence[Side], cases: dict[str, Any], alternation: int) -> Iterator[Turn]:
     """One alternation: each case on both sides, one straight after the other."""
     order = sides if alternation % 2 == 0 else sides[::-1]
-    for case, what in cases.items():
+    for number, (case, what) in enumerate(cases.items()):
+        # Both sides get the same prompts, and no case those of another: engines differ in how much
+        # of a prompt their prefix caches find again (pages of 16 tokens here, 128 there).
+        seed = alternation * len(cases) + number
         for side in order:
             process_tree.resume(side.pid)
-            figures = side.run(what, alternation)
+            figures = side.run(what, seed)
             process_tree.pause(side.pid)
             rate = figures["output_tok_s"]
             print(f"  {alternation}  {case:<12} {side.name}: {rate:.1f} tok/s", file=sys.stderr)

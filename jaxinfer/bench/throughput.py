@@ -1,5 +1,6 @@
 """`bench throughput`: tokens per second of the offline engine. Knows engines; prints nothing."""
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -64,9 +65,9 @@ def measure_all(
             "device": llm.info.device,
             "startup_s": round(startup_s, 1),
         }
+        # Another seed for each run of each workload: the same one begins with the same prompts, which
+        # the prefix cache would know.
+        seeds = itertools.count(config.model.seed)
         for workload in workloads:
-            # Another seed each time: the prefix cache would know the prompts of the run before.
-            walls = [
-                measure(llm, workload, seed=config.model.seed + run) for run in range(num_runs)
-            ]
+            walls = [measure(llm, workload, seed=next(seeds)) for _ in range(num_runs)]
             yield common | rates(workload, min(walls)) | {"runs": num_runs}

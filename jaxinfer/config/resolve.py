@@ -107,6 +107,10 @@ def _check_attention_backend(values: dict[str, Any], device: DeviceFacts) -> Non
         )
 
 
+_UNREADABLE_PAGES = {("float32", "float16"), ("bfloat16", "float16"), ("float16", "bfloat16")}
+"""A CPU's pages hold 16-bit values as bits: those of the dtype, or bfloat16 of float32."""
+
+
 def _dtypes(values: dict[str, Any], model: ModelFacts, device: DeviceFacts) -> Iterable[Choice]:
     dtype = values["dtype"]
     if dtype == "auto":
@@ -122,6 +126,11 @@ def _dtypes(values: dict[str, Any], model: ModelFacts, device: DeviceFacts) -> I
     if kv_cache_dtype == "auto":
         kv_cache_dtype = dtype
         yield Choice("kv_cache_dtype", dtype, "the dtype")
+    elif device.platform == "cpu" and (dtype, kv_cache_dtype) in _UNREADABLE_PAGES:
+        raise ConfigError(
+            f"kv_cache_dtype={kv_cache_dtype!r} does not go with dtype={dtype!r} on a CPU. Leave "
+            "kv_cache_dtype out, or give bfloat16 (with dtype float32), int8 or fp8."
+        )
     if values["block_size"] is None:
         if device.page_size is None:
             yield Choice("block_size", _PAGE_SIZE, f"usual on {device.platform}")

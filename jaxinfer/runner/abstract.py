@@ -158,7 +158,7 @@ def make_allocator(
     template = abstract.pages_L[0]
 
     def make_pages() -> jax.Array:
-        return jnp.zeros(template.shape, template.dtype)
+        return model.kernels.empty_pages(template.shape, template.dtype)
 
     def make_state() -> DeviceState:
         return _state_of(limits, model.definition.shape.vocab_size)

@@ -36,8 +36,8 @@ def choose_engine_kernels(config: EngineConfig, definition: ModelDef, device: De
         kernels = _choose_on_gpu(config, definition, device)
     else:
         kernels = _choose_elsewhere(config, definition, device, platform)
-    for reason in kernels.reasons:
-        logger.info("kernel %s", reason)
+    for line in (*kernels.reasons, *kernels.verdicts):
+        logger.info("kernel %s", line)
     return kernels
 
 
@@ -47,7 +47,10 @@ def _choose_elsewhere(
     native, asked = None, config.compile.attention_backend
     if platform == "cpu" and config.compile.native_kernels:
         with log_phase(logger, "prepare C++ kernels"):
-            native = load_native_kernels(cache_dir() / "native", head_dim=definition.shape.head_dim)
+            shape = attention_shape(config, definition)
+            native = load_native_kernels(
+                cache_dir() / "native", head_dim=shape.head_dim, page_dtype=shape.page_dtype
+            )
     kernels = choose_kernels(
         platform=platform,
         native=native,
@@ -57,25 +60,19 @@ def _choose_elsewhere(
         attention_shape=attention_shape(config, definition),
         attention_backend=asked,
     )
-    if asked not in ("auto", kernels.attention_backend):
-        raise _not_to_be_had(config, kernels.reasons[0])
+    refuse_another(config, kernels)
     return kernels
 
 
+def refuse_another(config: EngineConfig, kernels: KernelSet) -> None:
+    """Raises ConfigError if an attention backend was asked for and these are another's."""
+    if config.compile.attention_backend not in ("auto", kernels.attention_backend):
+        raise _not_to_be_had(config, kernels.reasons[0])
+
+
 def _choose_on_gpu(config: EngineConfig, definition: ModelDef, device: Device) -> KernelSet:
-    asked = config.compile.attention_backend
-    assert asked in ("auto", "mosaic_gpu", "triton", "xla"), asked
-    request = GpuRequest(
-        device=GpuSpec(
-            compute_capability=str(device.compute_capability), num_cores=device.core_count
-        ),
-        shape=attention_shape(config, definition),
-        override=asked,
-    )
-    if asked != "auto":
-        why_not = refusal(asked, request.shape, request.device)
-        if why_not is not None:
-            raise _not_to_be_had(config, why_not)
+    gpu = GpuSpec(compute_capability=str(device.compute_capability), num_cores=device.core_count)
+    request = gpu_request(config, definition, gpu)
     with log_phase(logger, "check kernels"):
         return choose_checked_kernels(
             request,
@@ -85,6 +82,21 @@ def _choose_on_gpu(config: EngineConfig, definition: ModelDef, device: Device) -
                 directory=cache_dir() / "kernel-checks",
             ),
         )
+
+
+def gpu_request(config: EngineConfig, definition: ModelDef, gpu: GpuSpec) -> GpuRequest:
+    """What attention on a GPU, which need not be here, is chosen for; `config` is resolved.
+
+    Raises ConfigError for a backend that was asked for and does not serve the GPU or the shape.
+    """
+    asked = config.compile.attention_backend
+    assert asked in ("auto", "mosaic_gpu", "triton", "xla"), asked
+    request = GpuRequest(device=gpu, shape=attention_shape(config, definition), override=asked)
+    if asked != "auto":
+        why_not = refusal(asked, request.shape, gpu)
+        if why_not is not None:
+            raise _not_to_be_had(config, why_not)
+    return request
 
 
 def _not_to_be_had(config: EngineConfig, reason: str) -> ConfigError:

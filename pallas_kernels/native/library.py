@@ -29,6 +29,8 @@ _DIRECTORY = Path(__file__).parent
 _HEADERS = tuple(_DIRECTORY / name for name in ("pairs.h", "parallel.h", "vec.h"))
 _HEAD_DIM_STEP = 32  # two vectors of the widest registers
 _MAX_HEAD_DIM = 256
+PAGE_BITS = {"float32": 32, "bfloat16": 16}
+"""Values of KV pages that paged_attention.cc can be compiled for."""
 # Not -ffast-math: infinities and NaN must behave. Not -fassociative-math: the compiler would trade
 # fused multiply-adds for products and sums that do not fit the registers (a third of the speed).
 _FLAGS = (
@@ -52,45 +54,64 @@ class NativeMatmul(NamedTuple):
     panel: int  # columns that it wants to lie together
 
 
+class NativeAttention(NamedTuple):
+    """paged_attention.cc, registered with XLA."""
+
+    target: str  # its name there
+    empty_pages_target: str  # of what makes its pages
+    page_dtype: str  # the values it knows in them
+
+
 class NativeKernels(NamedTuple):
     """The C++ kernels that can be called; None: not to be had, for the reason given."""
 
-    paged_attention: str | None  # the target's name in XLA
+    paged_attention: NativeAttention | None
     paged_attention_reason: str
     matmul: NativeMatmul | None
     matmul_reason: str
 
 
 def load_native_kernels(
-    directory: Path, *, head_dim: int, macros: Sequence[str] = (), shipped: Path = SHIPPED
+    directory: Path,
+    *,
+    head_dim: int,
+    page_dtype: str,
+    macros: Sequence[str] = (),
+    shipped: Path = SHIPPED,
 ) -> NativeKernels:
     """Compiles the kernels into `directory` unless they are there, and registers them with XLA.
 
-    `macros` make the compiler take code meant for other processors: for tests.
+    `page_dtype` names the type of the values in the KV pages. `macros` make the compiler take code meant for other processors: for tests.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="native") as pool:  # one compiler beside another
         later = pool.submit(_load_matmul, directory, macros, shipped)
-        attention, attention_reason = _load_attention(directory, head_dim, macros, shipped)
+        attention, attention_reason = _load_attention(
+            directory, head_dim, page_dtype, macros, shipped
+        )
         matmul, matmul_reason = later.result()
     return NativeKernels(attention, attention_reason, matmul, matmul_reason)
 
 
 def _load_attention(
-    directory: Path, head_dim: int, macros: Sequence[str], shipped: Path
-) -> tuple[str | None, str]:
+    directory: Path, head_dim: int, page_dtype: str, macros: Sequence[str], shipped: Path
+) -> tuple[NativeAttention | None, str]:
     if head_dim % _HEAD_DIM_STEP or head_dim > _MAX_HEAD_DIM:
         return None, (
             f"head size {head_dim} is not a multiple of {_HEAD_DIM_STEP} up to {_MAX_HEAD_DIM}"
         )
-    macros = (head_dim_macro(head_dim), *macros)
+    if page_dtype not in PAGE_BITS:
+        return None, f"{page_dtype} pages are not {' or '.join(PAGE_BITS)}"
+    macros = (*attention_macros(head_dim, page_dtype), *macros)
     try:
         found = _find(directory, "paged_attention", macros, shipped)
         library = ctypes.CDLL(str(found.path))
     except (OSError, BuildError) as error:
         return None, str(error)
     target = "_".join(("jaxinfer_paged_attention", *macros))
+    empty_pages_target = "_".join(("jaxinfer_empty_pages", *macros))
     _register(target, library.JaxinferPagedAttention)
-    return target, found.why
+    _register(empty_pages_target, library.JaxinferEmptyPages)
+    return NativeAttention(target, empty_pages_target, page_dtype), found.why
 
 
 def _load_matmul(
@@ -134,9 +155,9 @@ def _find(directory: Path, name: str, macros: Sequence[str], shipped: Path) -> _
         raise
 
 
-def head_dim_macro(head_dim: int) -> str:
+def attention_macros(head_dim: int, page_dtype: str) -> tuple[str, ...]:
     """What paged_attention.cc is compiled with."""
-    return f"JAXINFER_HEAD_DIM={head_dim}"
+    return f"JAXINFER_HEAD_DIM={head_dim}", f"JAXINFER_PAGE_BITS={PAGE_BITS[page_dtype]}"
 
 
 def _flags(macros: Sequence[str], level: Level | None) -> tuple[str, ...]:

@@ -6,13 +6,19 @@
 // Gimelshein, "Online normalizer calculation for softmax", 2018), so it reads each page once and
 // needs no memory that grows with the context.
 //
-// Compiled for one head size, JAXINFER_HEAD_DIM, a multiple of 32.
+// Compiled for one head size, JAXINFER_HEAD_DIM, a multiple of 32, and for pages of one width,
+// JAXINFER_PAGE_BITS: 32 (float32) or 16 (bfloat16).
 //
 // Layout: pages [P, K, B, 2H], a token's key then its value; q and out [T, K, G, H]; k, v [T, K, H].
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -23,6 +29,11 @@ namespace ffi = xla::ffi;
 
 namespace jaxinfer {
 namespace {
+
+constexpr int kHeadDim = JAXINFER_HEAD_DIM;
+static_assert(JAXINFER_PAGE_BITS == 32 || JAXINFER_PAGE_BITS == 16);
+using Storage = std::conditional_t<JAXINFER_PAGE_BITS == 32, float, uint16_t>;  // of a value
+constexpr auto kStorageType = JAXINFER_PAGE_BITS == 32 ? ffi::F32 : ffi::U16;
 
 constexpr int kChunk = 64;         // keys looked at together
 constexpr int kItemRows = 96;      // of a prefill item, about: queries times heads of a group
@@ -46,7 +57,7 @@ struct Item {
   int32_t seq, first_query, num_queries, kv_head;
 };
 
-template <int H, typename Storage>
+template <int H>
 class Kernel {
  public:
   Kernel(const Step& step, Storage* pages) : s_(step), pages_(pages) {}
@@ -324,14 +335,12 @@ class Kernel {
   Storage* pages_;
 };
 
-template <typename Storage>
-void Run(ffi::ThreadPool& pool, const Step& step, void* pages) {
-  constexpr int kHeadDim = JAXINFER_HEAD_DIM;
-  Kernel<kHeadDim, Storage> kernel(step, static_cast<Storage*>(pages));
+void Run(ffi::ThreadPool& pool, const Step& step, Storage* pages) {
+  Kernel<kHeadDim> kernel(step, pages);
   kernel.WriteTokens();
   const std::vector<Item> items = kernel.MakeItems();
   ParallelFor(pool, items.size(), [&] {
-    return [&, scratch = typename decltype(kernel)::Scratch()](int64_t i) mutable {
+    return [&, scratch = decltype(kernel)::Scratch()](int64_t i) mutable {
       kernel.Attend(items[i], scratch);
     };
   });
@@ -342,11 +351,12 @@ void Run(ffi::ThreadPool& pool, const Step& step, void* pages) {
 
 using F32 = ffi::Buffer<ffi::F32>;
 using S32 = ffi::Buffer<ffi::S32>;
+using Pages = ffi::Buffer<kStorageType>;
 
-ffi::Error PagedAttention(ffi::ThreadPool pool, F32 q, F32 k, F32 v, ffi::AnyBuffer pages_in,
+ffi::Error PagedAttention(ffi::ThreadPool pool, F32 q, F32 k, F32 v, Pages pages_in,
                           S32 token_pages, S32 token_offsets, S32 slots, S32 starts,
                           S32 query_starts, S32 num_seqs, S32 page_table,
-                          ffi::Result<F32> out, ffi::Result<ffi::AnyBuffer> pages, float scale,
+                          ffi::Result<F32> out, ffi::Result<Pages> pages, float scale,
                           int64_t window) {
   const auto q_dims = q.dimensions();          // [T, K, G, H]
   const auto page_dims = pages->dimensions();  // [P, K, B, 2H]
@@ -360,14 +370,30 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, F32 q, F32 k, F32 v, ffi::AnyBuf
       q_dims[0], q_dims[1], q_dims[2], page_dims[0], page_dims[2],
       page_table.dimensions()[1], num_seqs.typed_data()[0], scale, window,
   };
-  if (q_dims[3] != JAXINFER_HEAD_DIM) {
+  if (q_dims[3] != kHeadDim) {
     return ffi::Error::InvalidArgument("these kernels were compiled for another head size");
   }
-  if (pages->element_type() == ffi::F32) {
-    Run<float>(pool, step, pages->untyped_data());
-  } else {
-    Run<uint16_t>(pool, step, pages->untyped_data());
-  }
+  Run(pool, step, pages->typed_data());
+  return ffi::Error::Success();
+}
+
+// Zeros. Whoever touches memory first decides how it is mapped: with large pages where the kernel
+// grants them (a fault for 2 MiB instead of for 4 KiB), by all threads.
+ffi::Error EmptyPages(ffi::ThreadPool pool, ffi::Result<Pages> pages) {
+  constexpr int64_t kHugePage = 2 << 20;
+  char* const data = reinterpret_cast<char*>(pages->typed_data());
+  const int64_t size = static_cast<int64_t>(pages->size_bytes());
+#if defined(MADV_HUGEPAGE)
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & -kHugePage;
+  const auto end = reinterpret_cast<uintptr_t>(data + size) & -kHugePage;
+  // (Advice: where it is refused the pages are small, and nothing else is different.)
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  ParallelFor(pool, (size + kHugePage - 1) / kHugePage, [&] {
+    return [&](int64_t i) {
+      std::memset(data + i * kHugePage, 0, std::min(kHugePage, size - i * kHugePage));
+    };
+  });
   return ffi::Error::Success();
 }
 
@@ -377,9 +403,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     JaxinferPagedAttention, PagedAttention,
     ffi::Ffi::Bind()
         .Ctx<ffi::ThreadPool>()
-        .Arg<F32>().Arg<F32>().Arg<F32>().Arg<ffi::AnyBuffer>()
+        .Arg<F32>().Arg<F32>().Arg<F32>().Arg<Pages>()
         .Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>().Arg<S32>()
-        .Ret<F32>().Ret<ffi::AnyBuffer>()
+        .Ret<F32>().Ret<Pages>()
         .Attr<float>("scale").Attr<int64_t>("window"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferEmptyPages, EmptyPages,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Ret<Pages>());
 
 }  // namespace jaxinfer

@@ -14,14 +14,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pallas_kernels.native.levels import levels_of
-from pallas_kernels.native.library import SHIPPED, build_library, head_dim_macro
+from pallas_kernels.native.library import (
+    PAGE_BITS,
+    SHIPPED,
+    attention_macros,
+    build_library,
+)
 
 HEAD_DIMS = (64, 96, 128, 256)
 
 
 def prebuild(directory: Path = SHIPPED, head_dims: Sequence[int] = HEAD_DIMS) -> list[Path]:
     """The libraries, compiled side by side. Raises BuildError if one does not compile."""
-    attention = [("paged_attention", (head_dim_macro(head_dim),)) for head_dim in head_dims]
+    attention = [
+        ("paged_attention", attention_macros(head_dim, page_dtype))
+        for head_dim in head_dims
+        for page_dtype in PAGE_BITS
+    ]
     kernels: list[tuple[str, tuple[str, ...]]] = [("matmul", ()), *attention]
     with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="native") as pool:
         made = [

@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,12 @@ class PagedAttention(Protocol):
         spec: AttentionSpec,
         params: AttentionParams = NO_PARAMS,
     ) -> tuple[Array, Array]: ...
+
+
+class EmptyPages(Protocol):
+    """Makes a layer's pages, all zeros. `shape` [P, K, B, 2H]; `dtype` is that of the storage."""
+
+    def __call__(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array: ...
 
 
 class PlanAttention(Protocol):

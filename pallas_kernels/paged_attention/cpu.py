@@ -7,24 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
+from pallas_kernels.native.library import NativeAttention
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.api import (
     NO_PARAMS,
     AttentionBatch,
     AttentionParams,
     AttentionSpec,
+    EmptyPages,
     PagedAttention,
 )
 
 _PAGES_OPERAND, _PAGES_RESULT = 3, 1
 
 
-def make_paged_attention(target: str) -> PagedAttention:
-    """The op in C++, registered with XLA as `target`.
-
-    A layer with a soft cap, sinks or scales takes the XLA implementation.
-    """
+def make_paged_attention(native: NativeAttention) -> PagedAttention:
+    """The op in C++. A layer with a soft cap, sinks or scales takes the XLA implementation."""
+    storage = xla.storage_dtype(native.page_dtype)
 
     def paged_attention(
         q_TKGH: Array,
@@ -35,15 +36,12 @@ def make_paged_attention(target: str) -> PagedAttention:
         spec: AttentionSpec,
         params: AttentionParams = NO_PARAMS,
     ) -> tuple[Array, Array]:
-        # Stored as bits, 16-bit pages may be float16 as well, which the kernel does not know.
-        is_known = pages_PKBC.dtype == jnp.float32 or (
-            pages_PKBC.dtype == jnp.uint16 and q_TKGH.dtype == jnp.bfloat16
-        )
-        if spec.soft_cap is not None or not params.is_empty or not is_known:
+        if spec.soft_cap is not None or not params.is_empty:
             return xla.paged_attention(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch, spec, params)
+        assert pages_PKBC.dtype == storage, f"made for {native.page_dtype} pages"
         layout, places = batch.layout, batch.places
         call = jax.ffi.ffi_call(
-            target,
+            native.target,
             (
                 jax.ShapeDtypeStruct(q_TKGH.shape, jnp.float32),
                 jax.ShapeDtypeStruct(pages_PKBC.shape, pages_PKBC.dtype),
@@ -68,3 +66,12 @@ def make_paged_attention(target: str) -> PagedAttention:
         return out_TKGH.astype(q_TKGH.dtype), pages_PKBC
 
     return paged_attention
+
+
+def make_empty_pages(native: NativeAttention) -> EmptyPages:
+    """Zeros in memory that is mapped with large pages where the system has them."""
+
+    def empty_pages(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        return jax.ffi.ffi_call(native.empty_pages_target, jax.ShapeDtypeStruct(shape, dtype))()
+
+    return empty_pages

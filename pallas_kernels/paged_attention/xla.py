@@ -47,20 +47,26 @@ def storage_dtype(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.uint16) if dtype.itemsize == 2 else dtype
 
 
+def _meaning_of_uint16(operands: jnp.dtype) -> jnp.dtype:
+    """What 16 bits in the pages are: the operands' type, bfloat16 if those are wider."""
+    return operands if operands.itemsize == 2 else jnp.dtype(jnp.bfloat16)
+
+
 def _to_storage(values: Array, storage: jnp.dtype) -> Array:
     if storage == values.dtype:
         return values
     if storage == jnp.uint16:
+        values = values.astype(_meaning_of_uint16(values.dtype))
         return lax.bitcast_convert_type(values, jnp.uint16)
     return values.astype(storage)
 
 
-def _from_storage(values: Array, dtype: jnp.dtype) -> Array:
-    """Float32 values of stored ones; `dtype` says what uint16 bits mean."""
+def _from_storage(values: Array, operands: jnp.dtype) -> Array:
+    """Float32 values of stored ones; `operands` is the type of queries, keys and values."""
     if values.dtype == jnp.uint8:
         return _from_fp8_bits(values)
     if values.dtype == jnp.uint16:
-        values = lax.bitcast_convert_type(values, dtype)
+        values = lax.bitcast_convert_type(values, _meaning_of_uint16(operands))
     return values.astype(jnp.float32)
 
 

@@ -58,7 +58,7 @@ def test_a_tree_that_is_held_still_takes_no_time(script: Any, busy: subprocess.P
         time.sleep(0.02)
 
 
-def test_sides_take_turns(script: Any, monkeypatch: pytest.MonkeyPatch):
+def test_sides_take_turns_with_prompts_of_their_own(script: Any, monkeypatch: pytest.MonkeyPatch):
     log: list[str] = []
     monkeypatch.setattr(script.process_tree, "resume", lambda pid: log.append(f"go {pid}"))
     monkeypatch.setattr(script.process_tree, "pause", lambda pid: log.append(f"stop {pid}"))
@@ -76,8 +76,8 @@ def test_sides_take_turns(script: Any, monkeypatch: pytest.MonkeyPatch):
     ]
     runs = [line for line in log if line[0] in "op"]
     assert runs == [
-        *("ours A 0", "peer A 0", "ours B 0", "peer B 0"),
-        *("peer A 1", "ours A 1", "peer B 1", "ours B 1"),
+        *("ours A 0", "peer A 0", "ours B 1", "peer B 1"),
+        *("peer A 2", "ours A 2", "peer B 3", "ours B 3"),
     ]
     assert log[:6] == ["go 1", "ours A 0", "stop 1", "go 2", "peer A 0", "stop 2"]
     assert script.ratios(turns, "a", "output_tok_s") == [3.0, 3.0]

@@ -68,6 +68,15 @@ def test_types_that_no_product_mixes_are_refused(asked: dict[str, str], device: 
         resolved(MODEL, device, **asked)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype"),
+    [("float32", "float16"), ("bfloat16", "float16"), ("float16", "bfloat16")],
+)
+def test_pages_whose_bits_a_cpu_cannot_tell_are_refused(dtype: str, kv_cache_dtype: str):
+    with pytest.raises(ConfigError, match=f"kv_cache_dtype='{kv_cache_dtype}' does not go with"):
+        resolved(dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+
+
 def test_a_given_dtype_stays_and_the_cache_follows_it():
     values = resolved(dtype="bfloat16")
     assert values["dtype"] == values["kv_cache_dtype"] == "bfloat16"

@@ -3,6 +3,9 @@
 A new backend is one line in BACKENDS (docs/add-a-kernel.md).
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 from jax import Array
 
 from jaxinfer.config.env import cache_dir
-from pallas_kernels.native.library import load_native_kernels
+from pallas_kernels.native.library import NativeAttention, load_native_kernels
 from pallas_kernels.paged_attention import cpu, reference, xla
 from pallas_kernels.paged_attention.api import (
     NO_PARAMS,
@@ -43,21 +46,30 @@ class Backend:
 
 
 @cache
-def cpp(head_dim: int, macros: tuple[str, ...] = ()) -> Backend:
+def native_attention(
+    head_dim: int, page_dtype: str, macros: tuple[str, ...] = ()
+) -> NativeAttention:
     """The C++ kernel, kept where the engine keeps it; skips where there is no compiler."""
-    native = load_native_kernels(cache_dir() / "native", head_dim=head_dim, macros=macros)
+    native = load_native_kernels(
+        cache_dir() / "native", head_dim=head_dim, page_dtype=page_dtype, macros=macros
+    )
     if native.paged_attention is None:
         pytest.skip(native.paged_attention_reason)
-    return Backend(xla.plan, cpu.make_paged_attention(native.paged_attention), xla.storage_dtype)
+    return native.paged_attention
 
 
-BACKENDS: dict[str, Callable[[int], Backend]] = {  # by head size
+def cpp(shapes: Shapes, *macros: str) -> Backend:
+    native = native_attention(shapes.H, shapes.page_np_dtype.name, macros)
+    return Backend(xla.plan, cpu.make_paged_attention(native), xla.storage_dtype)
+
+
+BACKENDS: dict[str, Callable[[Shapes], Backend]] = {
     "reference": lambda _: Backend(reference.plan, reference.paged_attention, jnp.dtype),
     "xla": lambda _: Backend(xla.plan, xla.paged_attention, xla.storage_dtype),
     # 16-bit floats kept as they are, which is not for CPUs
     "xla-plain": lambda _: Backend(xla.plan, xla.paged_attention, jnp.dtype),
     "cpp": cpp,
-    "cpp-wide": lambda head_dim: cpp(head_dim, ("JAXINFER_WIDE_VECTORS",)),  # as on AVX-512
+    "cpp-wide": lambda shapes: cpp(shapes, "JAXINFER_WIDE_VECTORS"),  # as on AVX-512
 }
 
 
@@ -78,7 +90,7 @@ def mixed(
 ) -> Case:
     defaults = {"T": 112, "S": 6, "K": 2, "G": 3, "H": 32, "B": 16, "M": 20, "P": 48}
     shapes = Shapes(dtype=dtype, page_dtype=pages, **{**defaults, **sizes})
-    params = random_params(shapes, sinks=sinks, scales=pages is not None)
+    params = random_params(shapes, sinks=sinks, scales=shapes.page_np_dtype.itemsize == 1)
     return Case(shapes, spec, decode_only=False, params=params)
 
 
@@ -98,6 +110,8 @@ CASES = {
     "bfloat16-window": mixed(AttentionSpec(scale=0.2, window=16), G=2, dtype="bfloat16"),
     "sinks": mixed(AttentionSpec(scale=0.2, window=40), sinks=True, G=2),
     "int8-pages": mixed(AttentionSpec(scale=0.2), pages="int8", sinks=True),
+    "bfloat16-pages": mixed(AttentionSpec(scale=0.2, window=70), pages="bfloat16"),
+    "decodes-bfloat16-pages": decodes(AttentionSpec(scale=0.2), pages="bfloat16"),
     "decodes": decodes(AttentionSpec(scale=0.2), K=3),
     "decodes-fp8-pages": decodes(
         AttentionSpec(scale=0.2), H=64, dtype="bfloat16", pages="float8_e4m3fn"
@@ -118,7 +132,7 @@ STEPS = {
 def has_own_code(backend_name: str, case: Case) -> bool:
     """Whether the backend does not leave the case to "xla"."""
     if backend_name == "xla-plain":
-        return case.shapes.dtype != "float32" and case.shapes.page_dtype is None
+        return case.shapes.page_np_dtype.name == "bfloat16"
     return not backend_name.startswith("cpp") or (
         case.spec.soft_cap is None and case.params.is_empty
     )
@@ -136,7 +150,7 @@ PAIRS = [
 def compiled(backend_name: str, case_name: str) -> Callable[..., tuple[Array, Array]]:
     """The op of one case; a second trace of it is an error."""
     shapes, spec, decode_only, params = CASES[case_name]
-    backend = BACKENDS[backend_name](shapes.H)
+    backend = BACKENDS[backend_name](shapes)
     num_traces = 0
 
     def run(
@@ -158,7 +172,7 @@ def check_step(backend_name: str, case_name: str, sequences: list[Sequence], see
     """Runs the op; compares the outputs of real tokens, and every bit of the pages."""
     shapes, spec, _, params = CASES[case_name]
     step = make_step(sequences, shapes, spec, seed=seed, params=params)
-    storage = BACKENDS[backend_name](shapes.H).storage_dtype(shapes.page_np_dtype)
+    storage = BACKENDS[backend_name](shapes).storage_dtype(shapes.page_np_dtype)
     out_TKGH, pages_PKBC = compiled(backend_name, case_name)(
         step.layout, step.q_TKGH, step.k_TKH, step.v_TKH, step.pages_PKBC.view(storage)
     )
@@ -197,7 +211,7 @@ def test_steps_at_the_edges(backend_name: str, case_name: str, step_name: str):
 def test_pages_are_changed_in_place(backend_name: str, case_name: str):
     """Compiled for a large pool: its memory is the pool's, and there is no second one."""
     shapes, spec, decode_only, _ = CASES[case_name]
-    backend = BACKENDS[backend_name](shapes.H)
+    backend = BACKENDS[backend_name](shapes)
     shapes = replace(shapes, P=4096)
     step = make_step([], replace(shapes, P=1), spec, seed=0)
 
@@ -217,3 +231,36 @@ def test_pages_are_changed_in_place(backend_name: str, case_name: str):
     num_bytes = pages.size * pages.dtype.itemsize
     assert memory.alias_size_in_bytes == num_bytes
     assert memory.temp_size_in_bytes < num_bytes / 4
+
+
+EMPTY_PAGES = """
+import sys
+import jax
+import numpy as np
+from pallas_kernels.native.library import NativeAttention, load_native_kernels
+from pallas_kernels.paged_attention import cpu, xla
+from pathlib import Path
+for page_dtype in ("float32", "bfloat16"):
+    native = load_native_kernels(Path(sys.argv[1]), head_dim=32, page_dtype=page_dtype)
+    empty_pages = cpu.make_empty_pages(native.paged_attention)
+    for num_pages in (1, 2500):  # less than a large page; several of them and a rest
+        shape, storage = (num_pages, 2, 16, 64), xla.storage_dtype(page_dtype)
+        pages = np.asarray(jax.jit(lambda: empty_pages(shape, storage))())
+        assert (pages.shape, pages.dtype) == (shape, storage)
+        assert not pages.any(), (page_dtype, num_pages)
+print("all zeros")
+"""
+
+
+def test_empty_pages_are_zeros_whatever_was_there():
+    """In a process whose new memory is full of ones and zeros (mallopt's M_PERTURB)."""
+    native_attention(32, "float32")  # or skip
+    done = subprocess.run(
+        [sys.executable, "-c", EMPTY_PAGES, str(cache_dir() / "native")],
+        env={**os.environ, "MALLOC_PERTURB_": "165"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout == "all zeros\n", done.stderr
