@@ -16,10 +16,11 @@ Check = Callable[[KernelSet], CheckReport]
 
 
 def choose_checked_kernels(request: GpuRequest, *, check: Check | None = None) -> KernelSet:
-    """Chooses until an implementation passes its check; `reasons` tell what came of it.
+    """Chooses until an implementation passes its check; `verdicts` tell what came of each.
 
-    What was asked for by name is kept whatever the check says: then the reasons say that it failed.
-    XLA's, the last one, is not checked: there is nothing to fall back to.
+    What was asked for by name is kept whatever the check says: then its verdict is that it failed.
+    XLA's, the last one, is not checked: there is nothing to fall back to. Numbers that a check
+    measured stand in no reason: reasons name programs, which may have been compiled elsewhere.
     """
 
     def check_here(kernels: KernelSet) -> CheckReport:
@@ -27,20 +28,24 @@ def choose_checked_kernels(request: GpuRequest, *, check: Check | None = None) -
 
     run_check = check_here if check is None else check
     rejected = dict(request.rejected)
+    verdicts: list[str] = []
     while True:
         kernels = choose_kernels(platform="gpu", gpu=replace(request, rejected=rejected))
         if kernels.attention_backend == "xla":
-            return kernels
+            return replace(kernels, verdicts=tuple(verdicts))
         report = run_check(kernels)
-        if report.failure is None or request.override != "auto":
-            return replace(kernels, reasons=(*kernels.reasons, _describe(kernels, report)))
-        rejected[kernels.attention_backend] = f"its check failed: {report.failure}"
+        is_taken = report.failure is None or request.override != "auto"
+        verdicts.append(_describe(kernels, report, is_taken=is_taken))
+        if is_taken:
+            return replace(kernels, verdicts=tuple(verdicts))
+        rejected[kernels.attention_backend] = "its check failed"
 
 
-def _describe(kernels: KernelSet, report: CheckReport) -> str:
-    if report.failure is not None:
+def _describe(kernels: KernelSet, report: CheckReport, *, is_taken: bool) -> str:
+    if report.failure is None:
+        result = f"right, largest error {report.max_error:.2g}"
+    elif is_taken:
         result = f"FAILED, and is used because it was asked for: {report.failure}"
     else:
-        result = f"right, largest error {report.max_error:.2g}"
-    # No seconds: the reasons name compiled programs.
+        result = f"failed: {report.failure}"
     return f"check of paged_attention ({kernels.attention_backend}): {result}"

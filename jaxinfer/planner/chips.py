@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from jaxinfer.runner.memory import GPU_MEMORY_FRACTION
 from pallas_kernels.devices import TPU_V5E, TPU_V5P, TPU_V6E, TPU_V7X, TpuSpec
 
 _GIB = 2**30
@@ -90,10 +91,6 @@ def _tpu(
     )
 
 
-_ALLOCATOR_FRACTION = 0.75
-"""Of a GPU's memory, what JAX's allocator takes unless XLA_PYTHON_CLIENT_MEM_FRACTION is set."""
-
-
 def _gpu(
     name: str,
     device_kind: str,
@@ -109,8 +106,9 @@ def _gpu(
         platform="gpu",
         device_kind=device_kind,
         devices_per_chip=1,
-        usable_bytes=int(memory_bytes * _ALLOCATOR_FRACTION),
-        usable_reason="JAX's allocator takes 75 % (XLA_PYTHON_CLIENT_MEM_FRACTION changes it)",
+        usable_bytes=int(memory_bytes * GPU_MEMORY_FRACTION),
+        usable_reason=f"`serve` has XLA take {GPU_MEMORY_FRACTION:.0%} of it "
+        "(XLA_PYTHON_CLIENT_MEM_FRACTION changes that)",
         rates=ChipRates(
             bytes_per_s=bytes_per_s,
             flops_bf16_per_s=flops_bf16_per_s,

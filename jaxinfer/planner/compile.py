@@ -36,13 +36,13 @@ from jaxinfer.planner.topologies import Target
 from jaxinfer.runner.abstract import AbstractArrays, AbstractModel, abstract_arrays, make_abstract
 from jaxinfer.runner.buckets import Bucket
 from jaxinfer.runner.compiler import CompilerOptions, Program, compiler_options
-from jaxinfer.runner.kernels import choose_engine_kernels
+from jaxinfer.runner.kernels import choose_engine_kernels, gpu_request, refuse_another
 from jaxinfer.runner.memory import MemoryNeeds, MemoryPlan, plan_memory
 from jaxinfer.runner.programs import step_program
 from jaxinfer.runner.sizing import attention_shape, make_limits, memory_needs_on, resolve_for
 from pallas_kernels.devices import TPUS
 from pallas_kernels.dispatch import KernelSet, choose_kernels
-from pallas_kernels.paged_attention.gpu_choice import GpuRequest, GpuSpec
+from pallas_kernels.paged_attention.gpu_choice import GpuSpec
 
 NO_OPTIONS: CompilerOptions = MappingProxyType({})
 
@@ -156,23 +156,26 @@ def divide_memory(layout: Layout) -> TargetEngine:
 def _kernels(
     config: EngineConfig, definition: ModelDef, target: Target, device: Device
 ) -> KernelSet:
-    """Those that the engine would choose on the machine, if a GPU passes their check there."""
+    """Those that the engine would choose on the machine, if a GPU passes their check there.
+
+    Raises ConfigError for an attention backend that a start there would refuse.
+    """
     chip, shape = target.chip, attention_shape(config, definition)
     if chip.platform == "cpu":
         return choose_engine_kernels(config, definition, device)
     if chip.platform == "tpu":
-        return choose_kernels(
+        kernels = choose_kernels(
             platform="tpu",
             device_kind=chip.device_kind,
             num_cores=TPUS[chip.device_kind].num_cores,
             attention_shape=shape,
             attention_backend=config.compile.attention_backend,
         )
+        refuse_another(config, kernels)
+        return kernels
     assert chip.gpu is not None
     gpu = GpuSpec(compute_capability=chip.gpu.compute_capability, num_cores=chip.gpu.num_cores)
-    asked = config.compile.attention_backend
-    assert asked in ("auto", "mosaic_gpu", "triton", "xla"), asked
-    return choose_kernels(platform="gpu", gpu=GpuRequest(device=gpu, shape=shape, override=asked))
+    return choose_kernels(platform="gpu", gpu=gpu_request(config, definition, gpu))
 
 
 def compile_step(

@@ -52,8 +52,16 @@ def stand_ins(num_devices: int) -> tuple[Device, ...]:
     return tuple(found[:num_devices])
 
 
+def _is_installed(module: str) -> bool:
+    """Also answers where the package around the module is missing: `find_spec` raises then."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def _tpu_devices(target: Target) -> tuple[Device, ...]:
-    if find_spec("libtpu") is None:
+    if not _is_installed("libtpu"):
         raise MissingCompilerError(
             f"topology={target.name!r} needs the TPU compiler, which is not installed here: "
             "pip install 'jaxinfer[plan-tpu]' (libtpu; no TPU is needed)."
@@ -73,7 +81,7 @@ def _tpu_devices(target: Target) -> tuple[Device, ...]:
 
 
 def _gpu_devices(target: Target) -> tuple[Device, ...]:
-    if all(find_spec(f"jax_plugins.xla_{name}") is None for name in ("cuda12", "cuda13")):
+    if not any(_is_installed(f"jax_plugins.xla_{name}") for name in ("cuda12", "cuda13")):
         raise MissingCompilerError(
             f"topology={target.name!r} needs the CUDA compiler, which is not installed here: "
             "pip install 'jaxinfer[gpu]' (no GPU is needed)."

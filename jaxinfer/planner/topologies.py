@@ -58,8 +58,9 @@ def parse_topology(name: str) -> Target:
         return _checked(Target(name=name, chip=chip, grid=grid))
     match = _CPU_NAME.fullmatch(name)
     if match is not None:
-        count = max(int(match["count"] or 1), 1)
-        return Target(name=name, chip=cpu_chip(available_cpu_bytes() // count), grid=(count,))
+        count = int(match["count"] or 1)
+        share = available_cpu_bytes() // max(count, 1)
+        return _checked(Target(name=name, chip=cpu_chip(share), grid=(count,)))
     match = _GPU_NAME.fullmatch(name)
     chip = CHIPS.get(match["chip"]) if match is not None else None
     if match is not None and chip is not None and chip.platform == "gpu":
@@ -75,7 +76,7 @@ def _checked(target: Target) -> Target:
         raise ConfigError(
             f"topology={name!r} has {target.num_devices} devices: give 1 to {_MOST_DEVICES}."
         )
-    if chip.platform == "gpu":
+    if chip.platform != "tpu":
         return target
     dimensions = _DIMENSIONS[chip.name]
     if len(target.grid) != dimensions:

@@ -27,7 +27,13 @@ from jaxinfer.runner.abstract import (
 from jaxinfer.runner.compiler import CompileCounter, enable_persistent_cache
 from jaxinfer.runner.kernels import choose_engine_kernels
 from jaxinfer.runner.kv_scales import make_kv_scales
-from jaxinfer.runner.memory import MemoryNeeds, MemoryPlan, plan_memory, with_measured_temp
+from jaxinfer.runner.memory import (
+    GPU_MEMORY_FRACTION,
+    MemoryNeeds,
+    MemoryPlan,
+    plan_memory,
+    with_measured_temp,
+)
 from jaxinfer.runner.program_store import ProgramStore, open_store
 from jaxinfer.runner.programs import compile_programs
 from jaxinfer.runner.runner import DeviceArrays, Programs, Runner, Vocabulary
@@ -41,9 +47,6 @@ from jaxinfer.weights.reader import CheckpointReader, open_checkpoint
 from pallas_kernels.dispatch import KernelSet
 
 logger = get_logger(__name__)
-
-GPU_MEMORY_FRACTION = 0.9
-"""What XLA may have of a GPU; the rest is for what CUDA's libraries allocate for themselves."""
 
 
 class CompiledPlan(NamedTuple):

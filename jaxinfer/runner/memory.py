@@ -13,6 +13,11 @@ from jaxinfer.config.schema import CacheConfig
 from jaxinfer.errors import CapacityError
 from jaxinfer.kv_cache.layout import KVLayout, num_pages_for
 
+GPU_MEMORY_FRACTION = 0.9
+"""What XLA is given of a GPU; the rest is for what CUDA's libraries allocate for themselves."""
+
+_CGROUP = Path("/sys/fs/cgroup")  # as a container sees its own
+
 CPU_KV_BYTES = 2 * 2**30
 """Most KV cache that is taken on a CPU unasked: the memory is shared with everything else."""
 
@@ -85,11 +90,18 @@ def plan_memory(needs: MemoryNeeds, cache: CacheConfig) -> MemoryPlan:
 
     Raises CapacityError, saying what would fit, when one sequence of `max_model_len` does not.
     """
+    plan = draft_memory(needs, cache)
+    _check(plan, needs)
+    return plan
+
+
+def draft_memory(needs: MemoryNeeds, cache: CacheConfig) -> MemoryPlan:
+    """Divides the memory as `plan_memory` does, also where that does not fit."""
     usable_bytes = int(needs.device_bytes * cache.gpu_memory_utilization)
     page_bytes = needs.layout.bytes_per_page
     free_bytes = usable_bytes - needs.weight_bytes - needs.state_bytes - needs.temp_bytes
     num_pages, reason = _num_pages(needs, cache, max(free_bytes, 0))
-    plan = MemoryPlan(
+    return MemoryPlan(
         device_bytes=needs.device_bytes,
         usable_bytes=usable_bytes,
         weight_bytes=needs.weight_bytes,
@@ -100,8 +112,6 @@ def plan_memory(needs: MemoryNeeds, cache: CacheConfig) -> MemoryPlan:
         page_size=needs.layout.page_size,
         kv_reason=reason,
     )
-    _check(plan, needs)
-    return plan
 
 
 def _num_pages(needs: MemoryNeeds, cache: CacheConfig, free_bytes: int) -> tuple[int, str]:
@@ -182,13 +192,25 @@ def estimate_temp_bytes(
 
 def available_cpu_bytes() -> int:
     """Memory that may be taken now: the kernel's figure, or what a container's limit leaves."""
-    limits = [_meminfo_available()]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file():
-        text = limit.read_text().strip()
-        if text != "max":
-            limits.append(int(text) - int(used.read_text()))
-    return min(limits)
+    return min([_meminfo_available(), *_left_in_cgroup(_CGROUP)])
+
+
+def _left_in_cgroup(directory: Path) -> list[int]:
+    """What the limit of a control group (cgroup v2) leaves; nothing where there is no limit.
+
+    `memory.current` counts cached files, such as a checkpoint that was just read. The kernel drops
+    those that are not in use before it refuses memory, so they are free.
+    """
+    limit, used = directory / "memory.max", directory / "memory.current"
+    if not (limit.is_file() and used.is_file()):
+        return []
+    text = limit.read_text().strip()
+    if text == "max":
+        return []
+    statistics = directory / "memory.stat"
+    lines = statistics.read_text().splitlines() if statistics.is_file() else []
+    unused_files = int(dict(line.split() for line in lines).get("inactive_file", 0))
+    return [max(int(text) - int(used.read_text()) + unused_files, 0)]
 
 
 def _meminfo_available() -> int:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from jaxinfer.planner.messages import PlanRequest, PlanResult
 from jaxinfer.planner.plan import make_plan
 from jaxinfer.planner.topologies import parse_topology
 from jaxinfer.planner.work import work_of
+from jaxinfer.runner.build import store_facts
+from jaxinfer.runner.memory import GPU_MEMORY_FRACTION
+from jaxinfer.runner.sizing import attention_shape
+from pallas_kernels.checked import choose_checked_kernels
+from pallas_kernels.paged_attention.check import CheckReport
+from pallas_kernels.paged_attention.gpu_choice import GpuRequest, GpuSpec
 
 CONFIGS = Path(__file__).parent / "configs"
 GIB = 2**30
@@ -83,7 +90,7 @@ def test_a_cache_has_what_is_left(plan: Plan):
     assert result.fits
     assert memory is not None
     assert memory.page_bytes == memory.page_size * LAYERS * 8 * 2 * 128 * 2
-    assert memory.usable_bytes == int(int(150_754_820_096 * 0.75) * 0.92)
+    assert memory.usable_bytes == int(int(150_754_820_096 * GPU_MEMORY_FRACTION) * 0.92)
     assert 0 <= memory.usable_bytes - memory.total_bytes < memory.page_bytes
     tokens = memory.num_pages * memory.page_size
     assert [row.num_tokens for row in result.concurrency] == [1024, 8192, 131072]
@@ -114,7 +121,7 @@ def test_heads_are_shared_and_layers_sum_twice():
 
 def test_what_does_not_fit_says_what_would(plan: Plan):
     """Each proposal is a plan that fits when it is asked for, with the pages that were promised."""
-    result = plan(LLAMA, "h100x2", gpu_memory_utilization=0.15)
+    result = plan(LLAMA, "h100x2", gpu_memory_utilization=0.125)
     assert not result.fits
     assert "one sequence of --max-model-len 131072" in result.why_not
     changed = {item.flags.split()[0] for item in result.alternatives}
@@ -126,7 +133,7 @@ def test_what_does_not_fit_says_what_would(plan: Plan):
             for name, value in zip(words[::2], words[1::2], strict=True)
         }
         topology = settings.pop("topology", "h100x2")
-        again = plan(LLAMA, topology, gpu_memory_utilization=0.15, **settings)
+        again = plan(LLAMA, topology, gpu_memory_utilization=0.125, **settings)
         assert again.fits, item
         assert again.memory is not None
         assert again.memory.num_pages == item.num_pages
@@ -151,6 +158,51 @@ def test_without_a_compiler_there_is_arithmetic(
     assert result.decode
     assert result.programs == []
     assert f"pip install 'jaxinfer[{extra}]'" in result.notes[0]
+
+
+@pytest.mark.skipif(find_spec("jax_plugins") is not None, reason="it may be there")
+def test_a_missing_cuda_plugin_is_found_missing(plan: Plan):
+    """As Python says it: without the package around the plugin, find_spec raises."""
+    result = plan(LLAMA, "h100", compile=True, max_model_len=8192)
+    assert result.fits
+    assert "pip install 'jaxinfer[gpu]'" in result.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("topology", "backend", "why_not"),
+    [
+        ("a100-80g", "mosaic_gpu", "needs compute capability 9.0, this is 8.0"),
+        ("v6e:1x1", "pallas_tpu", "head size 80 is no multiple of 64"),
+        ("h100", "pallas_tpu", "is not for 'gpu'"),
+    ],
+)
+def test_a_backend_that_a_start_refuses_is_refused(topology: str, backend: str, why_not: str):
+    config = engine_config_from_kwargs(model="x", attention_backend=backend)
+    checker = Checker({**shortened(LLAMA), "head_dim": 80}, num_workers=1)
+    with pytest.raises(ConfigError, match=f"attention_backend='{backend}'.*{why_not}"):
+        checker.arithmetic(config, parse_topology(topology))
+
+
+def test_a_checked_kernels_programs_have_the_names_of_those_built_ahead():
+    """What a check measured on the GPU is not known where programs are built for it."""
+    config_json, target = shortened(LLAMA), parse_topology("h100")
+    layout = (
+        Checker(config_json, num_workers=1)
+        .arithmetic(engine_config_from_kwargs(model="x"), target)
+        .layout
+    )
+    assert target.chip.gpu is not None
+    gpu = GpuSpec(
+        compute_capability=target.chip.gpu.compute_capability, num_cores=target.chip.gpu.num_cores
+    )
+    shape = attention_shape(layout.config, layout.model.definition)
+    checked = choose_checked_kernels(
+        GpuRequest(device=gpu, shape=shape), check=lambda _: CheckReport(1.2e-3, None, 0.5)
+    )
+    assert "0.0012" in checked.verdicts[0]
+    assert store_facts(layout.config, checked, config_json) == store_facts(
+        layout.config, layout.model.kernels, config_json
+    )
 
 
 @pytest.mark.parametrize("tensor", [3, 16])

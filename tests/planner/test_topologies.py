@@ -62,6 +62,7 @@ def test_unknown_names_list_the_known_ones(name: str):
         ("v5p:2x2", "grids of 3 numbers, like v5p:2x2x1"),
         ("v6e:3x4", "first two numbers must be even"),
         ("h100x0", "has 0 devices"),
+        ("cpux0", "has 0 devices: give 1 to 1024"),
         ("v6e:64x64", "has 4096 devices: give 1 to 1024"),
     ],
 )

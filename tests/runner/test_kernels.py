@@ -103,7 +103,8 @@ def test_on_a_gpu_the_choice_is_checked_and_the_verdict_kept(
     definition = define_model(open_checkpoint(path).config(), tensor=1)
     kernels = choose(definition, AMPERE)
     assert kernels.attention_backend == "xla"
-    assert "not triton: its check failed: it does not run" in kernels.reasons[0]
+    assert "not triton: its check failed" in kernels.reasons[0]
+    assert "(triton): failed: it does not run" in kernels.verdicts[0]
     (verdict,) = (tmp_path / "cache" / "kernel-checks").iterdir()
     written = verdict.stat().st_mtime_ns
     assert choose(definition, AMPERE).reasons == kernels.reasons

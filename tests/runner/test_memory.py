@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from jaxinfer.config.schema import CacheConfig
 from jaxinfer.errors import CapacityError
 from jaxinfer.kv_cache.layout import KVLayout
+from jaxinfer.runner import memory
 from jaxinfer.runner.memory import (
     CPU_KV_BYTES,
     MemoryNeeds,
@@ -160,3 +162,31 @@ def test_the_estimate_grows_with_the_step():
 
 def test_available_memory_is_a_sane_number():
     assert 2**26 < available_cpu_bytes() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({"memory.max": "8388608", "memory.current": "3145728"}, 5 * 2**20),
+        (
+            {
+                "memory.max": "8388608",
+                "memory.current": "7340032",
+                "memory.stat": "anon 1048576\nfile 6291456\ninactive_file 4194304\n",
+            },
+            5 * 2**20,  # cached files that nobody uses are given up
+        ),
+        ({"memory.max": "1048576", "memory.current": "2097152"}, 0),
+        ({"memory.max": "max", "memory.current": "2097152"}, 2**60),
+        ({}, 2**60),
+    ],
+    ids=["limit", "page cache", "above", "no limit", "no group"],
+)
+def test_a_containers_limit_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], available: int
+):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_meminfo_available", lambda: 2**60)
+    assert available_cpu_bytes() == available
