@@ -29,6 +29,14 @@ _KEYS_BY_TYPE: Mapping[str, frozenset[str]] = {
 }
 
 
+_POSITIVE_KEYS = frozenset(
+    "rope_theta original_max_position_embeddings factor low_freq_factor high_freq_factor".split()
+)
+_NUMBER_KEYS = frozenset(
+    "partial_rotary_factor attention_factor beta_fast beta_slow mscale mscale_all_dim".split()
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Inverse frequencies [H/2] and the factor on cos and sin."""
@@ -71,7 +79,7 @@ def rope_from_hf(config: Mapping[str, Any], *, head_dim: int) -> RopeConfig:
 
 def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rope parameters, with `rope_type` and `rope_theta`, checked for keys nobody reads."""
-    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    new, old = _section(config, "rope_parameters"), _section(config, "rope_scaling")
     if new and old and new != old:
         raise CheckpointError(
             f"config.json has both rope_parameters {new} and rope_scaling {old}: remove the one "
@@ -80,11 +88,12 @@ def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     parameters = {key: value for key, value in (new or old).items() if value is not None}
     parameters.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     rope_type = parameters.setdefault("rope_type", parameters.get("type") or "default")
-    if rope_type not in _KEYS_BY_TYPE:
+    if not isinstance(rope_type, str) or rope_type not in _KEYS_BY_TYPE:
         raise CheckpointError(
             f"rope_type {rope_type!r} of config.json is not supported; this version knows "
             f"{', '.join(_KEYS_BY_TYPE)}."
         )
+    _check_values(parameters)
     unknown = parameters.keys() - _COMMON_KEYS - _KEYS_BY_TYPE[rope_type]
     if unknown:
         raise CheckpointError(
@@ -92,6 +101,33 @@ def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
             f"version does not know for rope_type {rope_type!r} and will not ignore."
         )
     return parameters
+
+
+def _section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{key} of config.json must be an object, got {value!r}.")
+    return value
+
+
+def _check_values(parameters: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a value that is no number where one is reckoned with."""
+    for name in parameters.keys() & (_POSITIVE_KEYS | _NUMBER_KEYS):
+        value, is_positive = parameters[name], name in _POSITIVE_KEYS
+        is_number = type(value) in (int, float) and math.isfinite(value)
+        if not is_number or value < 0 or (is_positive and value == 0):
+            raise CheckpointError(
+                f"{name} in the rope parameters of config.json must be a "
+                f"{'positive number' if is_positive else 'number of at least 0'}, got {value!r}."
+            )
+    low, high = parameters.get("low_freq_factor", 1), parameters.get("high_freq_factor", 4)
+    if high <= low:
+        raise CheckpointError(
+            f"high_freq_factor {high} in the rope parameters of config.json must be above "
+            f"low_freq_factor {low}."
+        )
+    if parameters["rope_theta"] == 1:
+        raise CheckpointError("rope_theta 1 of config.json turns nothing: it must be above 1.")
 
 
 def _llama3(inv_freq: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:

@@ -51,6 +51,16 @@ NUMBER_KEYS = (
 )
 
 
+STRING_KEYS = ("model_type", "hidden_act", "torch_dtype", "dtype")
+SWITCH_KEYS = (
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "use_sliding_window",
+)
+COUNT_KEYS = ("max_window_layers", "no_rope_layer_interval")
+
+
 def refuse_quantized(config: Mapping[str, Any]) -> None:
     """Raises CheckpointError naming the scheme when the weights are stored quantized."""
     quantization = config.get("quantization_config") or config.get("compression_config")
@@ -77,6 +87,40 @@ def check_numbers(config: Mapping[str, Any]) -> None:
         value = config.get(key)
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
             raise CheckpointError(f"{key} of config.json must be a number, got {value!r}.")
+
+
+def check_types(config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a label, a switch or a list that is something else."""
+    for key in STRING_KEYS:
+        _check_type(config, key, str, "a string")
+    for key in SWITCH_KEYS:
+        _check_type(config, key, bool, "true or false")
+    for key in COUNT_KEYS:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 0):
+            raise CheckpointError(
+                f"{key} of config.json must be an integer of at least 0, got {value!r}."
+            )
+    list_of(str, config, "layer_types")
+    list_of(int, config, "no_rope_layers")
+
+
+def list_of(kind: type, config: Mapping[str, Any], key: str) -> list[Any] | None:
+    """The list of `kind` under a key; None for null or no key. Raises CheckpointError."""
+    value = config.get(key)
+    is_good = isinstance(value, list) and all(isinstance(item, kind) for item in value)
+    if value is not None and not is_good:
+        names = {str: "strings", int: "integers"}
+        raise CheckpointError(
+            f"{key} of config.json must be a list of {names[kind]}, got {value!r}."
+        )
+    return value
+
+
+def _check_type(config: Mapping[str, Any], key: str, kind: type, what: str) -> None:
+    value = config.get(key)
+    if value is not None and type(value) is not kind:
+        raise CheckpointError(f"{key} of config.json must be {what}, got {value!r}.")
 
 
 def refuse_unknown(config: Mapping[str, Any], known: Collection[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.base import ModelDef
-from jaxinfer.models.hf_config import check_numbers, refuse_quantized
+from jaxinfer.models.hf_config import check_numbers, check_types, list_of, refuse_quantized
 
 FAMILIES = {
     "LlamaForCausalLM": "jaxinfer.models.llama:llama_family",
@@ -23,11 +23,12 @@ def define_model(config: Mapping[str, Any], *, tensor: int) -> ModelDef:
 
     Raises CheckpointError for an architecture that is not here; the message lists those that are.
     """
-    architectures = config.get("architectures") or []
+    architectures = list_of(str, config, "architectures") or []
     for name in architectures:
         if name in FAMILIES:
             refuse_quantized(config)
             check_numbers(config)
+            check_types(config)
             module, function = FAMILIES[name].split(":")
             return getattr(importlib.import_module(module), function)(config, tensor=tensor)
     raise CheckpointError(

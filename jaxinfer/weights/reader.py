@@ -95,6 +95,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is missing: a model directory needs it; download the model again"
         ) from None
+    except RecursionError:
+        raise CheckpointError(f"{path} cannot be read as JSON: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

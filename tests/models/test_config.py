@@ -4,6 +4,7 @@ configs/ holds the contents of published config.json files.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import pytest
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.llama_config import LlamaConfig, config_from_hf
 from jaxinfer.models.registry import FAMILIES, define_model
+from jaxinfer.weights.reader import read_json_object
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
 
@@ -216,6 +218,78 @@ LLAMA = published("llama-3.1-8b")
 def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], message: str):
     with pytest.raises(CheckpointError, match=message):
         define_model(LLAMA | changes, tensor=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architectures", 5),
+        ("architectures", [["LlamaForCausalLM"]]),
+        ("architectures", "LlamaForCausalLM"),
+        ("architectures", {"LlamaForCausalLM": 1}),
+        ("model_type", []),
+        ("model_type", ["llama"]),
+        ("model_type", 5),
+        ("hidden_act", ["silu"]),
+        ("torch_dtype", 16),
+        ("layer_types", 5),
+        ("layer_types", "full_attention"),
+        ("layer_types", [["full_attention"]] * 32),
+        ("no_rope_layers", 5),
+        ("no_rope_layer_interval", "4"),
+        ("max_window_layers", "x"),
+        ("tie_word_embeddings", "no"),
+        ("hidden_size", 4096.5),
+        ("rope_theta", "many"),
+        ("rope_scaling", "linear"),
+        ("rope_scaling", ["linear"]),
+        ("rope_parameters", 5),
+    ],
+)
+def test_a_value_of_another_kind_is_one_error(field: str, value: Any):
+    """Whatever somebody's file holds: field and value are named, nothing is raised but this."""
+    with pytest.raises(CheckpointError, match=re.escape(f"{field} of config.json")) as caught:
+        define_model(LLAMA | {field: value}, tensor=1)
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("linear", "factor", "2"),
+        ("linear", "factor", 0),
+        ("linear", "factor", [2.0]),
+        ("linear", "factor", True),
+        ("linear", "rope_theta", -1.0),
+        ("linear", "rope_theta", {}),
+        ("llama3", "low_freq_factor", "1"),
+        ("llama3", "high_freq_factor", float("nan")),
+        ("llama3", "high_freq_factor", 1.0),  # no higher than the low one
+        ("llama3", "original_max_position_embeddings", "8192"),
+        ("yarn", "beta_fast", "32"),
+        ("yarn", "beta_slow", -1),
+        ("yarn", "attention_factor", "1"),
+        ("yarn", "mscale", [1]),
+        ("default", "rope_type", ["linear"]),
+    ],
+)
+def test_rope_values_of_another_kind_are_one_error(kind: str, field: str, value: Any):
+    scaling = {"rope_type": kind, "rope_theta": 5e5} | (
+        {} if kind == "default" else {"factor": 8.0, "original_max_position_embeddings": 8192}
+    )
+    if kind == "llama3":
+        scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = {key: value for key, value in LLAMA.items() if not key.startswith("rope_")}
+    with pytest.raises(CheckpointError, match=f"{field} .*of config.json") as caught:
+        define_model(config | {"rope_parameters": scaling | {field: value}}, tensor=1)
+    assert repr(value) in str(caught.value)
+
+
+def test_json_that_is_nested_too_deeply(tmp_path: Path):
+    path = tmp_path / "config.json"
+    path.write_text('{"architectures": ' + "[" * 200_000 + "]" * 200_000 + "}")
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read as JSON: it is nested"):
+        read_json_object(path)
 
 
 @pytest.mark.parametrize(
