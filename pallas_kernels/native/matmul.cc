@@ -33,7 +33,6 @@ constexpr int kPanel = kVecs * kLanes;               // columns of a panel
 constexpr int kRows = kNumRegisters == 16 ? 6 : 12;  // rows of a tile: its sums fill the registers
 constexpr int64_t kDepth = 2048;           // k of one pass: a panel stays in the second cache
 constexpr int64_t kRowsBytes = 192 * 1024; // of x, likewise
-constexpr int64_t kItemBytes = 128 * 1024; // of weights, the most that a thread takes at a time
 constexpr int64_t kItemsPerThread = 8;     // aimed at, so that threads end together
 
 using Sums = Vec[kRows][kVecs];
@@ -141,8 +140,8 @@ void TileRows(const X* x, int64_t stride, int64_t num_rows, const W* panel, int6
   LastTile<kRows - 1>(x, stride, num_rows, panel, depth, place);
 }
 
-// One product. Threads take runs of panels; each walks its rows of x in blocks that stay in the
-// second cache, and for a block all its panels.
+// One product. Threads take a block of rows of x, which stays in the second cache, and multiply it
+// with a run of panels, each of which is read once.
 struct Problem {
   const float* x;
   const void* weight;
@@ -157,37 +156,45 @@ struct Problem {
   }
 };
 
-int64_t RowsPerBlock(int64_t row_bytes) {
-  return std::max<int64_t>(1, kRowsBytes / row_bytes / kRows) * kRows;
-}
+// What a thread takes at a time.
+struct Part {
+  int64_t first_row, num_rows, first_panel, last_panel;
+};
 
-// Multiplies panels [first, last), of floats or of pairs, in float32.
+// Multiplies a part with panels of floats or of pairs, in float32.
 template <typename W>
-void FloatPanels(const Problem& p, int64_t first, int64_t last) {
+void FloatPanels(const Problem& p, const Part& part) {
   constexpr int64_t kPerWord = std::is_same_v<W, float> ? 1 : 2;  // values of k in one W
-  const int64_t block = RowsPerBlock(std::min(p.depth, kDepth) * sizeof(float));
   for (int64_t k = 0; k < p.depth; k += kDepth) {
     const int64_t depth = std::min(kDepth, p.depth - k);
-    for (int64_t row = 0; row < p.num_rows; row += block) {
-      const int64_t num_rows = std::min(block, p.num_rows - row);
-      const float* x = p.x + row * p.depth + k;
-      for (int64_t panel = first; panel < last; ++panel) {
-        const W* weight =
-            static_cast<const W*>(p.weight) + (panel * p.depth + k) / kPerWord * kPanel;
-        TileRows(x, p.depth, num_rows, weight, depth, p.PlaceOf(row, panel, k > 0));
-      }
+    const float* x = p.x + part.first_row * p.depth + k;
+    for (int64_t panel = part.first_panel; panel < part.last_panel; ++panel) {
+      const W* weight =
+          static_cast<const W*>(p.weight) + (panel * p.depth + k) / kPerWord * kPanel;
+      TileRows(x, p.depth, part.num_rows, weight, depth, p.PlaceOf(part.first_row, panel, k > 0));
     }
   }
 }
 
+// Calls work(part) for parts that make up the product, on all threads. `value_bytes`: of x.
 template <typename Work>
-void OverPanels(ffi::ThreadPool& pool, const Problem& p, int64_t value_bytes, const Work& work) {
-  const int64_t most = std::max<int64_t>(1, kItemBytes / (p.depth * kPanel * value_bytes));
-  const int64_t fair = p.num_panels() / (kItemsPerThread * std::max<int64_t>(1, pool.num_threads()));
-  const int64_t size = std::clamp<int64_t>(fair, 1, most);
-  const int64_t num_items = (p.num_panels() + size - 1) / size;
-  ParallelFor(pool, num_items, [&] {
-    return [&](int64_t item) { work(item * size, std::min((item + 1) * size, p.num_panels())); };
+void OverParts(ffi::ThreadPool& pool, const Problem& p, int64_t value_bytes, const Work& work) {
+  if (p.num_rows == 0) return;
+  const auto quotient_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t most_tiles = kRowsBytes / (std::min(p.depth, kDepth) * value_bytes * kRows);
+  const int64_t num_tiles = quotient_up(p.num_rows, kRows);
+  const int64_t num_equal = quotient_up(num_tiles, std::max<int64_t>(1, most_tiles));
+  const int64_t tiles = quotient_up(num_tiles, num_equal);  // of a block
+  const int64_t rows = tiles * kRows, num_blocks = quotient_up(num_tiles, tiles);
+  const int64_t num_wanted = kItemsPerThread * std::max<int64_t>(1, pool.num_threads());
+  const int64_t panels = std::max<int64_t>(1, p.num_panels() * num_blocks / num_wanted);
+  const int64_t num_runs = quotient_up(p.num_panels(), panels);
+  ParallelFor(pool, num_blocks * num_runs, [&] {
+    return [&](int64_t item) {
+      const int64_t row = item / num_runs * rows, panel = item % num_runs * panels;
+      work(Part{row, std::min(rows, p.num_rows - row), panel,
+                std::min(panel + panels, p.num_panels())});
+    };
   });
 }
 
@@ -229,18 +236,14 @@ class PairRows {
   const uint32_t* data_;
 };
 
-void PairPanels(const Problem& p, const PairRows& x, int64_t first, int64_t last) {
-  const int64_t block = RowsPerBlock(std::min(p.depth, kDepth) * 2);
+void PairPanels(const Problem& p, const PairRows& x, const Part& part) {
   for (int64_t k = 0; k < p.depth; k += kDepth) {
     const int64_t depth = std::min(kDepth, p.depth - k) / 2;
-    for (int64_t row = 0; row < p.num_rows; row += block) {
-      const int64_t num_rows = std::min(block, p.num_rows - row);
-      for (int64_t panel = first; panel < last; ++panel) {
-        const uint32_t* weight =
-            static_cast<const uint32_t*>(p.weight) + (panel * p.depth + k) / 2 * kPanel;
-        TileRows(x.row(row) + k / 2, x.stride(), num_rows, weight, depth,
-                 p.PlaceOf(row, panel, k > 0));
-      }
+    for (int64_t panel = part.first_panel; panel < part.last_panel; ++panel) {
+      const uint32_t* weight =
+          static_cast<const uint32_t*>(p.weight) + (panel * p.depth + k) / 2 * kPanel;
+      TileRows(x.row(part.first_row) + k / 2, x.stride(), part.num_rows, weight, depth,
+               p.PlaceOf(part.first_row, panel, k > 0));
     }
   }
 }
@@ -249,14 +252,14 @@ void PairPanels(const Problem& p, const PairRows& x, int64_t first, int64_t last
 void MultiplyPairs(ffi::ThreadPool& pool, const Problem& p) {
 #if defined(JAXINFER_HAS_PAIR_PRODUCTS)
   const PairRows x(pool, p);
-  OverPanels(pool, p, 2, [&](int64_t first, int64_t last) { PairPanels(p, x, first, last); });
+  OverParts(pool, p, sizeof(uint16_t), [&](const Part& part) { PairPanels(p, x, part); });
 #else
-  OverPanels(pool, p, 2, [&](int64_t first, int64_t last) { FloatPanels<uint32_t>(p, first, last); });
+  OverParts(pool, p, sizeof(float), [&](const Part& part) { FloatPanels<uint32_t>(p, part); });
 #endif
 }
 
 void MultiplyFloats(ffi::ThreadPool& pool, const Problem& p) {
-  OverPanels(pool, p, 4, [&](int64_t first, int64_t last) { FloatPanels<float>(p, first, last); });
+  OverParts(pool, p, sizeof(float), [&](const Part& part) { FloatPanels<float>(p, part); });
 }
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,

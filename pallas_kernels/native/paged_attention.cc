@@ -11,10 +11,6 @@
 //
 // Layout: pages [P, K, B, 2H], a token's key then its value; q and out [T, K, G, H]; k, v [T, K, H].
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -377,25 +373,9 @@ ffi::Error PagedAttention(ffi::ThreadPool pool, F32 q, F32 k, F32 v, Pages pages
   return ffi::Error::Success();
 }
 
-// Zeros. Whoever touches memory first decides how it is mapped: with large pages where the kernel
-// grants them (a fault for 2 MiB instead of for 4 KiB), by all threads.
-ffi::Error EmptyPages(ffi::ThreadPool pool, ffi::Result<Pages> pages) {
-  constexpr int64_t kHugePage = 2 << 20;
-  char* const data = reinterpret_cast<char*>(pages->typed_data());
-  const int64_t size = static_cast<int64_t>(pages->size_bytes());
-#if defined(MADV_HUGEPAGE)
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & -kHugePage;
-  const auto end = reinterpret_cast<uintptr_t>(data + size) & -kHugePage;
-  // (Advice: where it is refused the pages are small, and nothing else is different.)
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  ParallelFor(pool, (size + kHugePage - 1) / kHugePage, [&] {
-    return [&](int64_t i) {
-      std::memset(data + i * kHugePage, 0, std::min(kHugePage, size - i * kHugePage));
-    };
-  });
-  return ffi::Error::Success();
-}
+// Leaves the memory as the allocator gave it: what no token has written is never read, and memory
+// that is never touched is never mapped.
+ffi::Error EmptyPages(ffi::Result<Pages>) { return ffi::Error::Success(); }
 
 }  // namespace
 
@@ -409,6 +389,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
         .Attr<float>("scale").Attr<int64_t>("window"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferEmptyPages, EmptyPages,
-                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Ret<Pages>());
+                              ffi::Ffi::Bind().Ret<Pages>());
 
 }  // namespace jaxinfer

@@ -114,7 +114,10 @@ class PagedAttention(Protocol):
 
 
 class EmptyPages(Protocol):
-    """Makes a layer's pages, all zeros. `shape` [P, K, B, 2H]; `dtype` is that of the storage."""
+    """Makes a layer's pages; what is in them is not said, since the op reads what it has written.
+
+    `shape` [P, K, B, 2H]; `dtype` is that of the storage.
+    """
 
     def __call__(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array: ...
 

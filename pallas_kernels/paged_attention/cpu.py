@@ -69,7 +69,7 @@ def make_paged_attention(native: NativeAttention) -> PagedAttention:
 
 
 def make_empty_pages(native: NativeAttention) -> EmptyPages:
-    """Zeros in memory that is mapped with large pages where the system has them."""
+    """Pages in memory that is neither written nor mapped before tokens come."""
 
     def empty_pages(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
         return jax.ffi.ffi_call(native.empty_pages_target, jax.ShapeDtypeStruct(shape, dtype))()

@@ -3,9 +3,6 @@
 A new backend is one line in BACKENDS (docs/add-a-kernel.md).
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -231,36 +228,3 @@ def test_pages_are_changed_in_place(backend_name: str, case_name: str):
     num_bytes = pages.size * pages.dtype.itemsize
     assert memory.alias_size_in_bytes == num_bytes
     assert memory.temp_size_in_bytes < num_bytes / 4
-
-
-EMPTY_PAGES = """
-import sys
-import jax
-import numpy as np
-from pallas_kernels.native.library import NativeAttention, load_native_kernels
-from pallas_kernels.paged_attention import cpu, xla
-from pathlib import Path
-for page_dtype in ("float32", "bfloat16"):
-    native = load_native_kernels(Path(sys.argv[1]), head_dim=32, page_dtype=page_dtype)
-    empty_pages = cpu.make_empty_pages(native.paged_attention)
-    for num_pages in (1, 2500):  # less than a large page; several of them and a rest
-        shape, storage = (num_pages, 2, 16, 64), xla.storage_dtype(page_dtype)
-        pages = np.asarray(jax.jit(lambda: empty_pages(shape, storage))())
-        assert (pages.shape, pages.dtype) == (shape, storage)
-        assert not pages.any(), (page_dtype, num_pages)
-print("all zeros")
-"""
-
-
-def test_empty_pages_are_zeros_whatever_was_there():
-    """In a process whose new memory is full of ones and zeros (mallopt's M_PERTURB)."""
-    native_attention(32, "float32")  # or skip
-    done = subprocess.run(
-        [sys.executable, "-c", EMPTY_PAGES, str(cache_dir() / "native")],
-        env={**os.environ, "MALLOC_PERTURB_": "165"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.stdout == "all zeros\n", done.stderr
