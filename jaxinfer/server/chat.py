@@ -9,7 +9,7 @@ from jaxinfer.core.outputs import CompletionOutput, RequestOutput
 from jaxinfer.server import messages, sse
 from jaxinfer.server.answer import REQUEST_ID, Answer, Begun, begin_answer, respond
 from jaxinfer.server.body import parse, read_json
-from jaxinfer.server.generation import Job, PromptOutput, prepare
+from jaxinfer.server.generation import Job, PromptOutput, check_count, prepare
 from jaxinfer.server.protocol import ChatCompletionRequest, check_common, refuse_unsupported
 from jaxinfer.server.sampling import chat_sampling
 from jaxinfer.server.shapes import check_choice
@@ -42,6 +42,7 @@ async def begin_chat(
     refuse_unsupported(body)
     check_common(body)
     sampling = chat_sampling(body, serving.sampling_defaults)
+    check_count(serving, num_prompts=1, n=sampling.params.n)
     kwargs = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", body.reasoning_effort)

@@ -11,7 +11,7 @@ from jaxinfer.errors import RequestError
 from jaxinfer.server import sse
 from jaxinfer.server.answer import REQUEST_ID, Answer, Begun, begin_answer, respond
 from jaxinfer.server.body import parse, read_json, show
-from jaxinfer.server.generation import Job, PromptOutput, prepare
+from jaxinfer.server.generation import Job, PromptOutput, check_count, prepare
 from jaxinfer.server.logprobs import TextOffsets
 from jaxinfer.server.protocol import CompletionRequest, check_common, refuse_unsupported
 from jaxinfer.server.sampling import Sampling, completion_sampling
@@ -90,9 +90,11 @@ async def _prepare_all(
     serving: Serving, body: CompletionRequest, sampling: Sampling
 ) -> list[ValidatedPrompt]:
     special = body.add_special_tokens is not False
+    prompts = _split(body.prompt)
+    check_count(serving, num_prompts=len(prompts), n=sampling.params.n)
     return [
         await prepare(serving, prompt, sampling, add_special_tokens=special, param="prompt")
-        for prompt in _split(body.prompt)
+        for prompt in prompts
     ]
 
 

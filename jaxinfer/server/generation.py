@@ -98,6 +98,23 @@ async def encode(serving: Serving, text: str, *, add_special_tokens: bool, param
     return await asyncio.to_thread(work)
 
 
+def check_count(serving: Serving, *, num_prompts: int, n: int) -> None:
+    """Raises RequestError for more sequences than can ever wait: 429 would mean "try again"."""
+    num, limit = num_prompts * n, serving.max_num_queued
+    if num <= limit:
+        return
+    many = (
+        f"{num_prompts} prompts with n={n} are {num}"
+        if num_prompts > 1
+        else f"n={n} asks for {num}"
+    )
+    raise RequestError(
+        f"{many} completions at once; this server queues at most {limit} (--max-num-queued-reqs). "
+        "Ask for fewer in one request.",
+        param="n" if num_prompts <= limit else "prompt",
+    )
+
+
 async def prepare(
     serving: Serving,
     prompt: str | list[int],

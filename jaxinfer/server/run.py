@@ -190,7 +190,11 @@ class _Server:
         engine = AsyncEngine(self._client, model.tokenizer, model.name)
         self._engine = engine
         await engine.start()
-        self._state.attach(engine, sampling_defaults=defaults)
+        self._state.attach(
+            engine,
+            sampling_defaults=defaults,
+            max_num_queued=config.engine.scheduler.max_num_queued_reqs,
+        )
         logger.info("start-up took %.1f s", time.monotonic() - began_s)
 
     async def _stopped_or_dead(self) -> None:

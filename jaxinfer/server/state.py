@@ -14,7 +14,7 @@ from typing import Any
 from aiohttp import web
 
 from jaxinfer import __version__
-from jaxinfer.config.schema import ServerConfig
+from jaxinfer.config.schema import SchedulerConfig, ServerConfig
 from jaxinfer.core.messages import EngineInfo
 from jaxinfer.engine.async_engine import AsyncEngine
 from jaxinfer.errors import ModelNotFoundError
@@ -31,6 +31,7 @@ class Serving:
     engine: AsyncEngine
     model_names: tuple[str, ...]  # the first is the canonical one
     sampling_defaults: Mapping[str, Any]
+    max_num_queued: int  # sequences that may wait in the engine
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -78,11 +79,16 @@ class ServerState:
         self._serving: Serving | None = None
 
     def attach(
-        self, engine: AsyncEngine, *, sampling_defaults: Mapping[str, Any] | None = None
+        self,
+        engine: AsyncEngine,
+        *,
+        sampling_defaults: Mapping[str, Any] | None = None,
+        max_num_queued: int = SchedulerConfig.max_num_queued_reqs,
     ) -> None:
         """From now on requests are served by `engine`, which has started.
 
         `sampling_defaults` are for requests that say nothing; None means the model's own.
+        `max_num_queued` is the engine's limit: a larger request would be refused for ever.
         """
         names = tuple(self.config.served_model_name) or (engine.model_name,)
         metrics = self.metrics.engine(
@@ -99,7 +105,10 @@ class ServerState:
         if sampling_defaults is None:
             sampling_defaults = engine.tokenizer.sampling_defaults()
         self._serving = Serving(
-            engine=engine, model_names=names, sampling_defaults=sampling_defaults
+            engine=engine,
+            model_names=names,
+            sampling_defaults=sampling_defaults,
+            max_num_queued=max_num_queued,
         )
         self.phase = "ready"
 

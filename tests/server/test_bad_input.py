@@ -77,6 +77,7 @@ COMPLETION: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "x" * 100, "max_tokens": 29}, "max_tokens", "28"),
     ({"prompt": "x" * 500_000}, "prompt", "maximum context length"),
     ({"prompt": ["fine", "x" * 200]}, "prompt", "200"),
+    ({"prompt": ["a"] * 1024, "n": 5}, "n", "1024 prompts with n=5 are 5120 completions"),
     ({"logprobs": 21}, "logprobs", "20"),
     ({"logprobs": True}, "logprobs", "an integer"),
     ({"suffix": "end"}, "suffix", "not supported"),

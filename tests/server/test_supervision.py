@@ -178,6 +178,17 @@ async def test_a_signal_while_restarting(tokenizer_dir: Path, tmp_path: Path) ->
 async def test_a_full_queue_says_when_to_come_again(tokenizer_dir: Path) -> None:
     async with running(tokenizer_dir, "build_slow") as process:
         await process.until_ready()
+        # What could never wait is no matter of trying again.
+        chat = {"messages": [{"role": "user", "content": "hi"}], "n": 5}
+        async with process.http.post(f"{process.url}/v1/chat/completions", json=chat) as response:
+            assert response.status == 400
+            error = (await response.json())["error"]
+        assert error["param"] == "n"
+        assert (
+            "n=5 asks for 5 completions at once; this server queues at most 4" in error["message"]
+        )
+        assert (await post(process, prompt=["hi"] * 5)).status == 400
+        assert (await post(process, prompt=["hi"] * 2, n=2, max_tokens=2)).status == 200
         # Eight run, four wait, the others are turned away.
         tasks = []
         for number in (4, 8):
