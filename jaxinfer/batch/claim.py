@@ -57,12 +57,12 @@ class Claim:
                 "continued. Give another output, or --overwrite to start anew."
             )
         else:
-            self._compare(known, _plain(identity))
+            self._compare(known, plain_identity(identity))
 
     def _write(self, identity: Identity) -> None:
         """Returns when the disk has it."""
         os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps(_plain(identity), indent=1).encode() + b"\n", 0)
+        os.pwrite(self._fd, json.dumps(plain_identity(identity), indent=1).encode() + b"\n", 0)
         os.fsync(self._fd)
         sync_directory(self._path.parent)
 
@@ -98,7 +98,7 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _plain(identity: Identity) -> dict[str, Any]:
+def plain_identity(identity: Identity) -> dict[str, Any]:
     """As it will be read back: lists for tuples, text for keys."""
     return json.loads(json.dumps({"version": VERSION, **identity}))
 

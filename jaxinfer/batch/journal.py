@@ -62,7 +62,7 @@ class Journal:
     def sync_later(self) -> Callable[[], None]:
         """What makes all that is written now survive a power cut; may be called in a thread.
 
-        It has a descriptor of its own: the journal may be closed before.
+        It has a descriptor of its own: the journal may be closed before. Raises JaxInferError.
         """
         fd = os.dup(self._fd)
 
@@ -70,6 +70,12 @@ class Journal:
             try:
                 os.fsync(fd)
                 sync_directory(self.path.parent)  # which holds its name
+            except OSError as error:
+                raise JaxInferError(
+                    f"{self.path} cannot be brought to the disk ({error}): its last lines may be "
+                    "lost. Repair the disk, or copy the file to another, and start the same "
+                    "command again."
+                ) from error
             finally:
                 os.close(fd)
 

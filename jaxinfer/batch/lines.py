@@ -36,6 +36,7 @@ class Reply:
     body: dict[str, Any]
     request_id: str
     retry_after_s: float | None = None  # given: not an answer yet, ask again after so long
+    lost_engine: bool = False  # not an answer: the engine ended while it worked on the line
 
 
 Handler = Callable[[Line], Awaitable[Reply]]
@@ -46,5 +47,5 @@ class Reader(Protocol):
     """Something that lines can be read from, again and again from the start."""
 
     def read(self, is_done: Callable[[int], bool]) -> Iterator[Line | BadLine]:
-        """The lines whose number is not done, in order. Raises OSError, ConfigError."""
+        """The lines whose number is not done, in order. Raises JaxInferError."""
         ...

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxinfer.batch.extras import pyarrow, pyarrow_parquet
 from jaxinfer.batch.files import InputFile
-from jaxinfer.errors import ConfigError
+from jaxinfer.errors import ConfigError, JaxInferError
 
 _ROWS_AT_ONCE = 256
 
@@ -35,11 +35,29 @@ def num_rows(file: InputFile) -> int:
         return opened.metadata.num_rows
 
 
-def rows(file: InputFile, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows in order, with these columns only."""
+def rows(file: InputFile, columns: list[str]) -> Iterator[dict[str, Any] | str]:
+    """The rows in order, with these columns only; of one that cannot be read, why."""
     try:
         with _open(file) as opened:
             for batch in opened.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-                yield from batch.to_pylist()
+                yield from _values(batch)
     except pyarrow().ArrowException as error:
-        raise ConfigError(f"inputs: {file.path} is damaged: {error}.") from error
+        raise JaxInferError(f"inputs: {file.path} is damaged: {error}.") from error
+
+
+def _values(batch: Any) -> list[dict[str, Any] | str]:
+    """The rows of a RecordBatch as Python has them."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # one cell of all: text that is no UTF-8, a date too far
+        return [_row(batch, index) for index in range(batch.num_rows)]
+
+
+def _row(batch: Any, index: int) -> dict[str, Any] | str:
+    row: dict[str, Any] = {}
+    for name in batch.schema.names:
+        try:
+            row[name] = batch.column(name)[index].as_py()
+        except (ValueError, OverflowError) as error:
+            return f"column {name!r} cannot be read: {error}."
+    return row

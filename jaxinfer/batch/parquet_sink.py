@@ -25,7 +25,8 @@ from jaxinfer.batch.journal import Journal
 from jaxinfer.batch.records import encode, row_of
 from jaxinfer.errors import ConfigError, JaxInferError
 
-_PART = re.compile(r"part-(\d{5,})\.parquet")
+PART = re.compile(r"part-(\d{5,})\.parquet")
+PARTS = "part-*.parquet"  # a glob for the same
 _SEGMENT = re.compile(r"_segment-(\d{5,})\.jsonl")
 _UNFINISHED = ".tmp"
 _INTEGERS = ("line", "prompt_tokens", "completion_tokens", "status_code")
@@ -57,6 +58,9 @@ class ParquetSink:
             self._index = self._recover()
             segment = self._segment(self._index)
             self._journal = Journal(segment, self.done) if segment.exists() else None
+        except OSError as error:
+            self._claim.release()
+            raise ConfigError(f"outputs: {path} cannot be written ({error}).") from error
         except BaseException:
             self._claim.release()
             raise
@@ -80,15 +84,17 @@ class ParquetSink:
             self._index += 1
 
     def close(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-        self._claim.release()
+        try:
+            if self._journal is not None:
+                self._journal.close()
+        finally:
+            self._claim.release()
 
     def _recover(self) -> int:
         """The index of the segment to go on with; all others are parts then."""
         for path in self._directory.glob(f"part-*{_UNFINISHED}"):
             path.unlink()
-        parts = _numbered(self._directory, _PART)
+        parts = _numbered(self._directory, PART)
         segments = _numbered(self._directory, _SEGMENT)
         for path in parts.values():
             self.done.update(_lines_of(path))
@@ -146,7 +152,7 @@ def _refuse_foreign(directory: Path) -> None:
 
 def _clear(directory: Path) -> None:
     """Removes what this module wrote, and nothing else."""
-    for pattern in (_PART, _SEGMENT):
+    for pattern in (PART, _SEGMENT):
         for path in _numbered(directory, pattern).values():
             path.unlink()
     for path in directory.glob(f"part-*{_UNFINISHED}"):

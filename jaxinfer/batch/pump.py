@@ -7,14 +7,14 @@ Knows no files' forms, no engine and no protocol: those are the reader's, handle
 import asyncio
 import itertools
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxinfer.batch.lines import BadLine, Handler, Line, Reply
 from jaxinfer.batch.records import bad_record, record_of
 from jaxinfer.batch.sinks import Sink
-from jaxinfer.errors import EngineDeadError, JaxInferError
+from jaxinfer.batch.suspects import LOSSES_OF_A_SUSPECT, Losses, Turns, reason_of
+from jaxinfer.errors import EngineDeadError
 
 _LINES_AT_ONCE = 64
 _BYTES_AT_ONCE = 4 * 2**20
@@ -51,8 +51,10 @@ class Pump:
         concurrency: int,
         counts: Counts,
         stop: asyncio.Event,
+        max_losses: int,
         give_up_after_s: float = _GIVE_UP_AFTER_S,
     ) -> None:
+        """`max_losses`: of the engine, without an answer between them."""
         self._lines = lines
         self._handler = handler
         self._sink = sink
@@ -61,6 +63,10 @@ class Pump:
         self._stop = stop
         self._give_up_after_s = give_up_after_s
         self._queue: asyncio.Queue[Item | None] = asyncio.Queue(maxsize=_LINES_AT_ONCE)
+        self._num_queued_bytes = 0
+        self._has_room = asyncio.Event()
+        self._turns = Turns()
+        self._losses = Losses(most_in_a_row=max_losses)
         self._refused_since_s: float | None = None
 
     async def run(self) -> None:
@@ -71,13 +77,15 @@ class Pump:
         """
         tasks = [asyncio.create_task(self._feed())]
         tasks += [asyncio.create_task(self._work()) for _ in range(self._concurrency)]
+        work = asyncio.gather(*tasks)
         sync = asyncio.create_task(self._sync())
         try:
-            await asyncio.gather(*tasks)
+            await asyncio.wait({work, sync}, return_when=asyncio.FIRST_COMPLETED)
+            await (sync if sync.done() else work)
         finally:
             for task in (*tasks, sync):
                 task.cancel()
-            await asyncio.gather(*tasks, sync, return_exceptions=True)
+            await asyncio.gather(work, sync, return_exceptions=True)
 
     async def _feed(self) -> None:
         while not self._stop.is_set():
@@ -85,6 +93,10 @@ class Pump:
             if not items:
                 break
             for item in items:
+                while self._num_queued_bytes > _BYTES_AT_ONCE:
+                    self._has_room.clear()
+                    await self._has_room.wait()
+                self._num_queued_bytes += _num_bytes(item)
                 await self._queue.put(item)
         for _ in range(self._concurrency):
             await self._queue.put(None)
@@ -92,6 +104,8 @@ class Pump:
     async def _work(self) -> None:
         counts = self._counts
         while (item := await self._queue.get()) is not None:
+            self._num_queued_bytes -= _num_bytes(item)
+            self._has_room.set()
             if self._stop.is_set():
                 continue  # read and not begun: the next run does it
             if isinstance(item, BadLine):
@@ -108,21 +122,36 @@ class Pump:
 
     async def _ask(self, line: Line) -> Reply:
         """The answer. What is said of the moment and not of the line (busy, restarting) is none."""
+        num_losses = 0
         while True:
-            reply = await self._handler(line)
+            is_suspect = num_losses >= LOSSES_OF_A_SUSPECT
+            async with self._turns.turn(alone=is_suspect):
+                serial = self._losses.serial
+                reply = await self._handler(line)
+                if is_suspect and reply.lost_engine:
+                    return self._losses.blame(line, reply)
             if reply.retry_after_s is None:
                 self._refused_since_s = None
+                self._losses.answered()
                 return reply
-            if self._refused_since_s is None:
-                self._refused_since_s = time.monotonic()
-            silent_s = time.monotonic() - self._refused_since_s
-            if silent_s + reply.retry_after_s > self._give_up_after_s:
-                message = (reply.body.get("error") or {}).get("message", "no reason given")
-                raise EngineDeadError(
-                    f"Nothing has been answered for {silent_s:.0f} s: {message} Start the same "
-                    "command again to go on."
-                )
+            if reply.lost_engine:
+                num_losses += 1
+                self._losses.count(reply, serial=serial)
+                self._refused_since_s = None  # it was at work until now, however long that was
+            self._check_patience(reply, reply.retry_after_s)
             await asyncio.sleep(reply.retry_after_s)
+
+    def _check_patience(self, reply: Reply, wait_s: float) -> None:
+        """Raises EngineDeadError when nothing but refusals has come for too long."""
+        now_s = time.monotonic()
+        if self._refused_since_s is None:
+            self._refused_since_s = now_s
+        silent_s = now_s - self._refused_since_s
+        if silent_s + wait_s > self._give_up_after_s:
+            raise EngineDeadError(
+                f"Nothing has been answered for {silent_s:.0f} s: {reason_of(reply)} Start the "
+                "same command again to go on."
+            )
 
     def _count(self, reply: Reply) -> None:
         counts = self._counts
@@ -141,18 +170,16 @@ class Pump:
 
 
 def _take(lines: Iterator[Item]) -> list[Item]:
-    """The next few lines; none at the end."""
+    """The next few lines; none at the end. Raises JaxInferError where they cannot be read."""
     taken: list[Item] = []
     num_bytes = 0
-    try:
-        for item in itertools.islice(lines, _LINES_AT_ONCE):
-            taken.append(item)
-            num_bytes += item.num_bytes if isinstance(item, Line) else 0
-            if num_bytes > _BYTES_AT_ONCE:
-                break
-    except (OSError, EOFError, zlib.error) as error:
-        raise JaxInferError(
-            f"The input cannot be read on: {error}. Nothing is lost: repair that and start the "
-            "same command again."
-        ) from error
+    for item in itertools.islice(lines, _LINES_AT_ONCE):
+        taken.append(item)
+        num_bytes += _num_bytes(item)
+        if num_bytes > _BYTES_AT_ONCE:
+            break
     return taken
+
+
+def _num_bytes(item: Item) -> int:
+    return item.num_bytes if isinstance(item, Line) else 0

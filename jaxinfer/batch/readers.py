@@ -11,11 +11,11 @@ from typing import IO, Any, NamedTuple
 
 import msgspec
 
-from jaxinfer.batch.files import InputFile
+from jaxinfer.batch.files import READ_ERRORS, Fingerprint, InputFile, shown_path
 from jaxinfer.batch.lines import BadLine, Line
 from jaxinfer.batch.prompts import PromptMaker, UnusableRow
 from jaxinfer.config.job import InputFormat, InputsConfig, input_format
-from jaxinfer.errors import ConfigError
+from jaxinfer.errors import ConfigError, JaxInferError
 
 MAX_LINE_BYTES = 32 * 2**20  # the server's limit of a body
 _MAX_SHOWN = 100
@@ -40,11 +40,11 @@ class JobReader:
         self._prompts = PromptMaker(inputs)
 
     def check(self) -> None:
-        """Raises ConfigError for a file whose columns are not those that are asked for."""
+        """Raises ConfigError for a file that cannot be read, or lacks a column that is needed."""
         for file in self._files:
             try:
                 columns = self._columns_of(file)
-            except OSError as error:
+            except (*READ_ERRORS, csv.Error) as error:
                 raise ConfigError(f"inputs: {file.path} cannot be read ({error}).") from error
             if columns is not None:
                 self._prompts.check_columns(file.path, columns)
@@ -57,17 +57,37 @@ class JobReader:
                 return column_names(file)
             case "csv":
                 with _csv_text(file) as text:
-                    return next(csv.reader(text), None)
+                    return next(_csv_rows(text), None)
+        if file.path.endswith(".gz"):
+            with file.open() as stream:
+                stream.read(1)  # what is not packed shows at its first byte
         return None  # objects may differ from line to line: it shows when they are read
+
+    def num_lines(self, file: InputFile, told: Fingerprint) -> int | None:
+        """How many there are to answer; None where counting is not cheap."""
+        match input_format(self._inputs, file.path):
+            case "parquet":
+                from jaxinfer.batch.parquet_input import num_rows
+
+                return num_rows(file)
+            case "csv":
+                return None if told.num_lines is None else _num_csv_rows(file)
+        return told.num_lines
 
     def read(self, is_done: IsDone) -> Iterator[Item]:
         """See `Reader.read`."""
         base = 0
         for file in self._files:
             last = base
-            for last, item in self._read_file(file, base, is_done):  # noqa: B007 - used below
-                if item is not None:
-                    yield item
+            try:
+                for last, item in self._read_file(file, base, is_done):  # noqa: B007 - used below
+                    if item is not None:
+                        yield item
+            except READ_ERRORS as error:
+                raise JaxInferError(
+                    f"inputs: {file.path} cannot be read on: {error}. Nothing is lost: repair that "
+                    "and start the same command again."
+                ) from error
             base = last
 
     def _read_file(
@@ -83,10 +103,10 @@ class JobReader:
             with _csv_text(file) as text:
                 yield from self._read_rows(_csv_dicts(text), file, base, is_done)
         else:
-            parse = self._parser(format_)
+            parse, shown = self._parser(format_), shown_path(file.path)
             with file.open() as stream:
                 for index, raw in enumerate(_raw_lines(stream), 1):
-                    spot = _Spot(base + index, f"{file.path}:{index}")
+                    spot = _Spot(base + index, f"{shown}:{index}")
                     is_wanted = not is_done(spot.number) and (raw is None or raw.strip())
                     yield spot.number, _parse(parse, raw, spot) if is_wanted else None
 
@@ -97,8 +117,9 @@ class JobReader:
         base: int,
         is_done: IsDone,
     ) -> Iterator[tuple[int, Item | None]]:
+        shown = shown_path(file.path)
         for index, row in enumerate(found, 1):
-            spot = _Spot(base + index, f"{file.path}: row {index}")
+            spot = _Spot(base + index, f"{shown}: row {index}")
             yield spot.number, None if is_done(spot.number) else self._of_row(row, spot)
 
     def _parser(self, format_: InputFormat) -> "Callable[[bytes, _Spot], Item]":
@@ -206,9 +227,19 @@ def _csv_text(file: InputFile) -> io.TextIOWrapper:
     return io.TextIOWrapper(file.open(), encoding="utf-8-sig", errors="replace", newline="")
 
 
+def _csv_rows(text: io.TextIOWrapper) -> "Iterator[list[str]]":
+    csv.field_size_limit(MAX_LINE_BYTES)  # (of the process; the usual one is 128 KiB)
+    return csv.reader(text)
+
+
+def _num_csv_rows(file: InputFile) -> int:
+    with _csv_text(file) as text:
+        return sum(1 for _ in _csv_dicts(text))
+
+
 def _csv_dicts(text: io.TextIOWrapper) -> Iterator[Mapping[str, Any] | str]:
     """Each row by the names of the first, or why it is no row."""
-    rows = csv.reader(text)
+    rows = _csv_rows(text)
     names = next(rows, [])
     while True:
         try:

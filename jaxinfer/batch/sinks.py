@@ -11,6 +11,7 @@ from jaxinfer.batch.claim import Claim, Identity
 from jaxinfer.batch.done import DoneIndex
 from jaxinfer.batch.journal import Journal
 from jaxinfer.batch.records import encode
+from jaxinfer.errors import ConfigError
 
 
 class Sink(Protocol):
@@ -40,6 +41,8 @@ class JsonlSink:
 
     def __init__(self, path: Path, identity: Identity, *, overwrite: bool) -> None:
         """Raises ConfigError for an output that is not this job's."""
+        if path.is_dir():
+            raise ConfigError(f"outputs: {path} is a directory. Give the path of a file.")
         self.done = DoneIndex()
         self._claim = Claim(path.with_name(path.name + ".job"), output=str(path))
         try:
@@ -47,6 +50,9 @@ class JsonlSink:
                 path.unlink(missing_ok=True)
             self._claim.hold(identity, has_output=path.exists() and path.stat().st_size > 0)
             self._journal = Journal(path, self.done)
+        except OSError as error:
+            self._claim.release()
+            raise ConfigError(f"outputs: {path} cannot be written ({error}).") from error
         except BaseException:
             self._claim.release()
             raise
@@ -62,5 +68,7 @@ class JsonlSink:
         """The file is in its last form at any time."""
 
     def close(self) -> None:
-        self._journal.close()
-        self._claim.release()
+        try:
+            self._journal.close()
+        finally:
+            self._claim.release()

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-from jaxinfer.config.job import BatchConfig
+from jaxinfer.config.job import BatchConfig, RunConfig
 from jaxinfer.config.schema import ServerConfig
 from jaxinfer.core.progress import ProgressCallback
 from jaxinfer.engine.async_engine import AsyncEngine
@@ -24,6 +24,24 @@ class RunningEngine(NamedTuple):
     state: ServerState
 
 
+_LONGEST_DELAY_S = 5.0
+_NO_LIMIT = 10**9
+
+
+def _policy(run: RunConfig) -> SupervisionPolicy:
+    """Restarts without end, or none at all.
+
+    Whether they lead anywhere shows in answers, which the pump counts: a few lines that lose the
+    engine each time must not use up a budget, and it waits only so long for a core that cannot
+    be started.
+    """
+    return SupervisionPolicy(
+        stall_timeout_s=run.engine_stall_timeout,
+        max_restarts=_NO_LIMIT if run.engine_max_restarts > 0 else 0,
+        longest_delay_s=_LONGEST_DELAY_S,
+    )
+
+
 @asynccontextmanager
 async def running_engine(
     config: BatchConfig, model: LoadedModel, on_progress: ProgressCallback, *, runner_factory: str
@@ -33,9 +51,7 @@ async def running_engine(
     defaults = sampling_defaults(model.tokenizer, config.engine.model)
     client = supervised_core(
         config.engine,
-        SupervisionPolicy(
-            stall_timeout_s=run.engine_stall_timeout, max_restarts=run.engine_max_restarts
-        ),
+        _policy(run),
         on_progress=on_progress,
         runner_factory=runner_factory,
         log_level=run.log_level,
@@ -46,7 +62,11 @@ async def running_engine(
     )
     try:
         await engine.start()
-        state.attach(engine, sampling_defaults=defaults)
+        state.attach(
+            engine,
+            sampling_defaults=defaults,
+            max_num_queued=config.engine.scheduler.max_num_queued_reqs,
+        )
         yield RunningEngine(engine, state)
     finally:
         await engine.close()

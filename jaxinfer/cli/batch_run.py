@@ -9,8 +9,9 @@ import signal
 from contextlib import AsyncExitStack, suppress
 from typing import NamedTuple
 
-from jaxinfer.batch.files import InputFile
-from jaxinfer.batch.job import OpenJob, check_inputs, deliver, open_job
+from jaxinfer.batch.delivery import deliver
+from jaxinfer.batch.files import InputFile, shown_path
+from jaxinfer.batch.job import OpenJob, check_inputs, open_job
 from jaxinfer.batch.progress import Meter, shown_progress
 from jaxinfer.batch.pump import Counts, Pump
 from jaxinfer.cli.batch_engine import RunningEngine, running_engine
@@ -165,6 +166,7 @@ class _Run:
             concurrency=self._concurrency(running),
             counts=self._counts,
             stop=self._stop,
+            max_losses=self._job.batch.run.engine_max_restarts,
         )
         meter = Meter(self._counts, num_before=opened.num_before, total=opened.total)
         work = asyncio.create_task(pump.run())
@@ -194,7 +196,8 @@ def _tell(job: JobConfig, opened: OpenJob, counts: Counts, end: _End) -> None:
     """The last line, on stdout: what this run did, and what to do when it was ended."""
     figures = f"{counts.num_ok} ok, {counts.num_failed} failed, {opened.num_before} done before"
     if end.signal_number is None:
-        print(f"done: {counts.num_done + opened.num_before} lines ({figures}): {job.outputs.path}")
+        num_done = counts.num_done + opened.num_before
+        print(f"done: {num_done} lines ({figures}): {shown_path(job.outputs.path)}")
         return
     name = signal.Signals(end.signal_number).name
     num_done = counts.num_done + opened.num_before

@@ -23,7 +23,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "-i", "--input-file", required=True, help="requests, JSON lines: file, glob or URL"
     )
-    parser.add_argument("-o", "--output-file", required=True, help="answers, JSON lines")
+    parser.add_argument(
+        "-o", "--output-file", required=True, help="answers: JSON lines, or as the name says"
+    )
     add_job_flags(parser)
     add_flags(parser, BatchConfig, model_argument=False)
     args = parser.parse(argv)
@@ -31,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
         JobConfig(
             batch=config_from_args(args, BatchConfig),
             inputs=InputsConfig(path=[args.input_file], format="openai"),
-            outputs=OutputsConfig(path=args.output_file, format="jsonl"),
+            outputs=OutputsConfig(path=args.output_file),
             sampling={},
         )
     )

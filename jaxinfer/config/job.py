@@ -5,7 +5,7 @@ outputs. Knows names and types; nothing of files' contents or of what a request 
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from jaxinfer.config.fields import build, nearest, settings_of
@@ -16,7 +16,7 @@ from jaxinfer.errors import ConfigError
 
 Mode = Literal["chat", "completion"]
 InputFormat = Literal["auto", "openai", "text", "jsonl", "csv", "parquet"]
-OutputFormat = Literal["auto", "jsonl", "parquet"]
+OutputFormat = Literal["auto", "jsonl", "text", "parquet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class RunConfig:
         help="seconds without a step after which the engine core is restarted (0: never)",
     )
     engine_max_restarts: int = option(
-        default=3, help="restarts of a lost engine core within 10 minutes before the job ends"
+        default=3,
+        help="losses of the engine core, without an answer between, that do not end the job",
     )
     log_level: Literal["debug", "info", "warning", "error"] = option(
         default="info", help="least level logged"
@@ -70,7 +71,7 @@ class InputsConfig:
 class OutputsConfig:
     """Where the answers go."""
 
-    path: str = option(default="", help="a .jsonl file, or a directory of Parquet files")
+    path: str = option(default="", help="a .jsonl or .txt file, or a .parquet directory")
     format: OutputFormat = option(default="auto", help="how they are written")
     rows_per_file: int = option(default=5000, help="rows of one Parquet file", units=True)
     work_dir: str | None = option(
@@ -96,6 +97,13 @@ _FORMATS: dict[str, InputFormat] = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
+_OUTPUT_FORMATS: dict[str, Literal["jsonl", "text", "parquet"]] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "text",
+    ".parquet": "parquet",
+}
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def job_config(args: argparse.Namespace) -> JobConfig:
@@ -167,26 +175,70 @@ def input_format(inputs: InputsConfig, path: str) -> InputFormat:
     )
 
 
-def output_format(outputs: OutputsConfig) -> Literal["jsonl", "parquet"]:
-    """How the answers are written; JSON lines unless the path says Parquet."""
+def output_format(outputs: OutputsConfig) -> Literal["jsonl", "text", "parquet"]:
+    """How the answers are written; JSON lines unless the path says another form."""
     if outputs.format != "auto":
         return outputs.format
-    return "parquet" if outputs.path.rstrip("/").lower().endswith(".parquet") else "jsonl"
+    return _OUTPUT_FORMATS.get(_suffix(outputs.path), "jsonl")
+
+
+def _suffix(path: str) -> str:
+    """ ".parquet" of `s3://bucket/x.Parquet/`; empty where there is none."""
+    return PurePosixPath(path.rstrip("/").lower()).suffix
+
+
+def _check_output(outputs: OutputsConfig) -> None:
+    """Raises ConfigError for a path that promises what is not written."""
+    if not outputs.path:
+        raise ConfigError("outputs.path must name where the answers go.")
+    suffix = _suffix(outputs.path)
+    if suffix in _PACKED:
+        plain = outputs.path.rstrip("/")[: -len(suffix)]
+        raise ConfigError(
+            f"outputs.path={outputs.path!r}: answers are not packed as they are written (a job "
+            f"that was killed could not go on in them). Name {plain!r} and pack it afterwards."
+        )
+    told = _OUTPUT_FORMATS.get(suffix)
+    if told is not None and told != output_format(outputs):
+        raise ConfigError(
+            f"outputs.path={outputs.path!r} and outputs.format={outputs.format} contradict each "
+            "other: change one."
+        )
+    if outputs.rows_per_file < 1:
+        raise ConfigError(f"outputs.rows_per_file must be at least 1, got {outputs.rows_per_file}.")
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Raises ConfigError for what YAML knows and JSON, which bodies are, does not."""
+    match value:
+        case dict():
+            for key, inner in value.items():
+                if not isinstance(key, str):
+                    raise ConfigError(f"{where}: the name {key!r} must be a text: quote it.")
+                _check_json(inner, f"{where}.{key}")
+        case list():
+            for index, inner in enumerate(value):
+                _check_json(inner, f"{where}[{index}]")
+        case str() | bool() | int() | float() | None:
+            return
+        case _:
+            raise ConfigError(
+                f"{where}: {value} is a {type(value).__name__}, which JSON does not have. Quote "
+                "it, if a text is meant."
+            )
 
 
 def checked_job(job: JobConfig) -> JobConfig:
     """`job`; raises ConfigError for values and combinations that make no sense."""
     validate(job.batch)
-    inputs, outputs = job.inputs, job.outputs
+    inputs = job.inputs
     concurrency = job.batch.run.concurrency
     if concurrency is not None and concurrency < 1:
         raise ConfigError(f"concurrency must be at least 1, got {concurrency}.")
     if not inputs.path or not all(inputs.path):
         raise ConfigError("inputs.path must name at least one file.")
-    if not outputs.path:
-        raise ConfigError("outputs.path must name where the answers go.")
-    if outputs.rows_per_file < 1:
-        raise ConfigError(f"outputs.rows_per_file must be at least 1, got {outputs.rows_per_file}.")
+    _check_output(job.outputs)
+    _check_json(job.sampling, "sampling")
     if inputs.column is not None and inputs.template is not None:
         raise ConfigError("inputs.column and inputs.template exclude each other: give one.")
     if inputs.system is not None and inputs.mode != "chat":

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxinfer.batch.lines import Line, Reply
 from jaxinfer.config.fields import nearest
-from jaxinfer.errors import ConfigError, JaxInferError, RequestError
+from jaxinfer.errors import ConfigError, EngineDeadError, JaxInferError, RequestError
 from jaxinfer.logging import get_logger
 from jaxinfer.server.answer import Begun, run_whole
 from jaxinfer.server.body import parse
@@ -38,7 +38,7 @@ _OF_THE_LINE = frozenset(
     ("model", "messages", "prompt", "stream", "stream_options", "request_id", "user", "suffix")
 )
 _RETRY_STATUSES = (429, 503)
-_RETRY_AFTER_S = 1.0
+_RETRY_AFTER_S = 1.0  # asking costs nothing here: less than a client over HTTP should wait
 _LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
 
 
@@ -52,11 +52,14 @@ class DirectApi:
     async def answer(self, line: Line) -> Reply:
         """A `Handler`. Closing it early aborts the request."""
         request_id = request_suffix(None)
+        is_begun = False
         try:
             begun = await self._begin(line, request_id)
+            is_begun = True
             body = await run_whole(self._state, begun)
         except JaxInferError as error:
-            return _refused(api_error(error), request_id)
+            is_lost = is_begun and isinstance(error, EngineDeadError)
+            return _refused(api_error(error), request_id, lost_engine=is_lost)
         except Exception:  # noqa: BLE001 - the task's boundary: a bug must cost one line, not the job
             logger.exception("%s failed", line.where)
             return _refused(ApiError(500, "Internal error; the log has more."), request_id)
@@ -82,15 +85,13 @@ class DirectApi:
         raise ApiError(404, f"There is no route {url}. Known: {', '.join(_STRUCTS)}.", param="url")
 
 
-def _refused(error: ApiError, request_id: str) -> Reply:
-    retry_after_s = None
-    if error.status in _RETRY_STATUSES:
-        retry_after_s = float(error.headers.get("Retry-After", _RETRY_AFTER_S))
+def _refused(error: ApiError, request_id: str, *, lost_engine: bool = False) -> Reply:
     return Reply(
         status=error.status,
         body=error.envelope(),
         request_id=request_id,
-        retry_after_s=retry_after_s,
+        retry_after_s=_RETRY_AFTER_S if error.status in _RETRY_STATUSES else None,
+        lost_engine=lost_engine,
     )
 
 

@@ -34,7 +34,7 @@ def make_job(
             inputs=InputsConfig(path=[str(source)], **inputs),
             outputs=OutputsConfig(
                 path=str(target),
-                format="parquet" if is_parquet else "jsonl",
+                format="parquet" if is_parquet else "auto",
                 rows_per_file=rows_per_file or 1,
             ),
             sampling={},
@@ -61,6 +61,7 @@ def pump_of(
     counts: Counts | None = None,
     stop: asyncio.Event | None = None,
     give_up_after_s: float = 5.0,
+    max_losses: int = 3,
 ) -> Pump:
     return Pump(
         opened.lines,
@@ -70,6 +71,7 @@ def pump_of(
         counts=counts or Counts(),
         stop=stop or asyncio.Event(),
         give_up_after_s=give_up_after_s,
+        max_losses=max_losses,
     )
 
 

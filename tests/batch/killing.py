@@ -60,7 +60,8 @@ def killed_run(job: JobConfig, *, num_answers: int, moment_s: float, seed: int) 
 
 def tear(target: Path, chance: random.Random) -> bool:
     """Cuts the last line of the journal; False when there is none."""
-    journals = [target] if target.is_file() else sorted(target.glob("_segment-*"))
+    records = target.with_name(target.name + ".jsonl") if target.suffix == ".txt" else target
+    journals = [records] if records.is_file() else sorted(target.glob("_segment-*"))
     if not journals:
         return False
     content = journals[-1].read_bytes()

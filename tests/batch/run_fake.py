@@ -2,6 +2,8 @@
 accelerator.
 
 python -m tests.batch.run_fake FACTORY run|run-batch [arguments]
+
+FACTORY is one of tests/engine/fake_runner.py, or "module:function".
 """
 
 import functools
@@ -14,9 +16,9 @@ from jaxinfer.cli import batch_run, main
 
 def start(factory: str, *argv: str) -> int:
     """The command in this process; its engine is a process of its own as always."""
-    run_job = functools.partial(
-        batch_run.run_job, runner_factory=f"tests.engine.fake_runner:{factory}"
-    )
+    if ":" not in factory:
+        factory = f"tests.engine.fake_runner:{factory}"
+    run_job = functools.partial(batch_run.run_job, runner_factory=factory)
     module = importlib.import_module("jaxinfer.cli." + argv[0].replace("-", "_"))
     with patch.object(module, "run_job", run_job):
         return main.main(argv)

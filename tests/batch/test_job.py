@@ -1,6 +1,7 @@
 """A job's ends fit together: the same input, the right totals, outputs that are URLs."""
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ import fsspec
 import pyarrow.parquet
 import pytest
 
-from jaxinfer.batch.job import check_inputs, deliver, open_job
+from jaxinfer.batch.delivery import deliver
+from jaxinfer.batch.job import check_inputs, open_job
 from jaxinfer.config.job import JobConfig, OutputsConfig
 from jaxinfer.config.schema import EngineConfig, ModelConfig, SchedulerConfig
-from jaxinfer.errors import ConfigError
+from jaxinfer.errors import ConfigError, JaxInferError
 from tests.batch.echo import make_job, run_echo, write_requests
+
+MEMORY = fsspec.filesystem("memory")
+ToUrl = Callable[..., JobConfig]
 
 
 @pytest.fixture
@@ -63,13 +68,49 @@ def test_what_answers_depend_on_must_not_change(job: JobConfig):
     assert run_echo(faster).num_done == 0
 
 
-def test_an_output_among_the_inputs(tmp_path: Path):
-    write_requests(tmp_path / "in.jsonl", 3)
-    for source in ("in.jsonl", "*.jsonl"):
-        with pytest.raises(ConfigError, match="is one of the inputs"):
-            check_inputs(make_job(tmp_path / source, tmp_path / "in.jsonl"))
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("in.jsonl", "in.jsonl"),
+        ("*.jsonl", "in.jsonl"),
+        ("in.jsonl", "sub/../in.jsonl"),
+        ("link.jsonl", "in.jsonl"),
+        ("in.jsonl", "link.jsonl"),
+        ("hard.jsonl", "in.jsonl"),
+        ("linked/in.jsonl", "in.jsonl"),
+        ("a[1].jsonl", "sub/../a[1].jsonl"),
+        ("in.jsonl", "file://{}/in.jsonl"),
+        ("file://{}/in.jsonl", "linked/in.jsonl"),
+        ("in.jsonl.job", "in.jsonl"),
+        ("in.txt.jsonl", "in.txt"),
+        ("parts.parquet/part-00000.parquet", "parts.parquet"),
+        ("*.jsonl", "not-there-yet.jsonl"),
+        ("linked/*.jsonl", "not-there-yet.jsonl"),
+        ("sub/../**/*.jsonl", "sub/not-there-yet.jsonl"),
+        ("**/*", "not-there-yet.parquet"),
+    ],
+)
+def test_an_output_among_the_inputs(source: str, target: str, tmp_path: Path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "parts.parquet").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path)
+    for name in ("in.jsonl", "a[1].jsonl", "in.jsonl.job", "in.txt.jsonl"):
+        write_requests(tmp_path / name, 3)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "in.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "in.jsonl")
+    table = pyarrow.table({"t": ["x"]})
+    pyarrow.parquet.write_table(table, tmp_path / "parts.parquet" / "part-00000.parquet")
+    ends = [end.format(tmp_path) if "{}" in end else tmp_path / end for end in (source, target)]
     with pytest.raises(ConfigError, match="is one of the inputs"):
-        check_inputs(make_job(tmp_path / "*.jsonl", tmp_path / "not-there-yet.jsonl"))
+        check_inputs(make_job(*ends))
+
+
+def test_an_output_beside_the_inputs(tmp_path: Path):
+    write_requests(tmp_path / "in.jsonl", 3)
+    (tmp_path / "in.txt").write_text("x")
+    for source, target in (("in.jsonl", "out.jsonl"), ("*.txt", "x.parquet"), ("i*", "o")):
+        job = make_job(tmp_path / source, tmp_path / target, format="text")
+        assert check_inputs(job)
 
 
 def test_totals(tmp_path: Path):
@@ -81,24 +122,90 @@ def test_totals(tmp_path: Path):
         assert opened.total == 700
     inputs = make_job(tmp_path / "a.txt", tmp_path / "out.jsonl")
     with open_job(inputs, check_inputs(inputs), overwrite=True) as opened:
-        assert opened.total == 3
+        assert opened.total == 2, "blank lines are no work"
+    (tmp_path / "a.csv").write_text('t\none\n\n"two\n\nlines"\n')
+    inputs = make_job(tmp_path / "a.csv", tmp_path / "out.jsonl", column="t")
+    with open_job(inputs, check_inputs(inputs), overwrite=True) as opened:
+        assert opened.total == 2
 
 
-@pytest.mark.parametrize("format_", ["jsonl", "parquet"])
-def test_urls(format_: Any, job: JobConfig, tmp_path: Path):
-    memory = fsspec.filesystem("memory")
-    url = f"memory://batch-job/{format_}/out"
-    outputs = OutputsConfig(
-        path=url, format=format_, rows_per_file=4, work_dir=str(tmp_path / "work")
-    )
-    memory.pipe_file("/batch-job/in.jsonl", (tmp_path / "in.jsonl").read_bytes())
-    job = replace(
-        job, inputs=replace(job.inputs, path=["memory://batch-job/in.jsonl"]), outputs=outputs
-    )
+@pytest.fixture
+def to_url(job: JobConfig, tmp_path: Path) -> Iterator[ToUrl]:
+    """Makes jobs of `job` that write to a URL."""
+
+    def make(path: str, **outputs: Any) -> JobConfig:
+        outputs = {"rows_per_file": 4, "work_dir": str(tmp_path / "work"), **outputs}
+        return replace(job, outputs=OutputsConfig(path=f"memory://out/{path}", **outputs))
+
+    yield make
+    if MEMORY.exists("/out"):
+        MEMORY.rm("/out", recursive=True)
+
+
+def names_in(path: str) -> list[str]:
+    return sorted(name.rpartition("/")[2] for name in MEMORY.ls(path, detail=False))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
+def test_urls(name: str, to_url: ToUrl, tmp_path: Path):
+    MEMORY.pipe_file("/in/in.jsonl", (tmp_path / "in.jsonl").read_bytes())
+    job = to_url(name)
+    job = replace(job, inputs=replace(job.inputs, path=["memory://in/in.jsonl"]))
     assert run_echo(job).num_ok == 10
-    assert not memory.exists(f"/batch-job/{format_}")
+    assert names_in("/out") in ([name + ".job"], ["a.parquet"]), "claimed"
+    for _ in range(2):
+        deliver(job.outputs)
+        if name == "a.parquet":
+            parts = [f"part-0000{index}.parquet" for index in range(3)]
+            assert names_in("/out/a.parquet") == ["_job.json", *parts]
+        else:
+            assert names_in("/out") == [name, name + ".job"]
+            assert MEMORY.cat(f"/out/{name}").count(b"\n") == 10
+        assert run_echo(job).num_done == 0
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_what_others_wrote_to_a_url_is_not_touched(name: str, to_url: ToUrl):
+    others = "/out/a.jsonl" if name == "a.jsonl" else "/out/a.parquet/part-00007.parquet"
+    MEMORY.pipe_file(others, b"precious")
+    job = to_url(name)
+    with pytest.raises(ConfigError, match=r"exists already and is not of this job.*--overwrite"):
+        run_echo(job)
+    assert MEMORY.cat(others) == b"precious"
+    with open_job(job, check_inputs(job), overwrite=True):
+        pass
+    assert run_echo(job).num_ok == 10
     deliver(job.outputs)
-    if format_ == "jsonl":
-        assert memory.cat(f"/batch-job/{format_}/out").count(b"\n") == 10
-    else:
-        assert len(memory.ls(f"/batch-job/{format_}/out", detail=False)) == 3
+    assert not MEMORY.exists(others) or MEMORY.cat(others) != b"precious", "no stale part stays"
+    changed = replace(job, sampling={"seed": 1}, outputs=to_url(name, work_dir="other").outputs)
+    with pytest.raises(ConfigError, match="is not of this job"):
+        run_echo(changed)
+    if name == "a.parquet":
+        MEMORY.pipe_file("/out/a.parquet/mine.csv", b"precious")
+        with (
+            pytest.raises(ConfigError, match="files that no job wrote"),
+            open_job(job, check_inputs(job), overwrite=True),
+        ):
+            pass
+
+
+def test_places_that_cannot_be_written(to_url: ToUrl, monkeypatch: pytest.MonkeyPatch):
+    job = to_url("x")
+    with pytest.raises(ConfigError, match="cannot be used .*nosuch"):
+        check_inputs(replace(job, outputs=replace(job.outputs, path="nosuch://x/y")))
+
+    class Refused(Exception):
+        """As botocore's and others': of no common kind."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise Refused("no credentials")
+
+    job = to_url("a.jsonl")
+    monkeypatch.setattr(type(MEMORY), "pipe_file", refuse)
+    with pytest.raises(ConfigError, match="cannot be written .*Refused: no credentials"):
+        run_echo(job)
+    monkeypatch.undo()
+    run_echo(job)
+    monkeypatch.setattr(type(MEMORY), "put_file", refuse)
+    with pytest.raises(JaxInferError, match=r"complete in .*work/.*a\.jsonl.*no credentials"):
+        deliver(job.outputs)

@@ -34,9 +34,20 @@ def parquet_answers(target: Path) -> Answers:
     return [(row["line"], row["text"]) for row in rows]
 
 
+def text_answers(target: Path) -> Answers:
+    records = jsonl_answers(target.with_name("out.txt.jsonl"))
+    texts = [text for _, text in sorted(records)]
+    assert target.read_text().splitlines() == texts
+    return records
+
+
 @pytest.mark.parametrize(
     ("name", "rows_per_file", "answers"),
-    [("out.jsonl", 0, jsonl_answers), ("out.parquet", 40, parquet_answers)],
+    [
+        ("out.jsonl", 0, jsonl_answers),
+        ("out.parquet", 40, parquet_answers),
+        ("out.txt", 0, text_answers),
+    ],
 )
 def test_killed_twenty_times(
     name: str, rows_per_file: int, answers: Callable[[Path], Answers], tmp_path: Path

@@ -1,12 +1,14 @@
 """The work itself: every line once, bounded, through refusals, failures and stops."""
 
 import asyncio
+import errno
 import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from jaxinfer.batch import pump
 from jaxinfer.batch.job import check_inputs, open_job
 from jaxinfer.batch.lines import Line, Reply
 from jaxinfer.batch.pump import Counts
@@ -26,9 +28,38 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def refused(status: int, *, retry_after_s: float | None = None) -> Reply:
+def refused(status: int, *, retry_after_s: float | None = None, lost_engine: bool = False) -> Reply:
     body = {"error": {"message": f"status {status}", "code": status}}
-    return Reply(status=status, body=body, request_id="q", retry_after_s=retry_after_s)
+    return Reply(
+        status=status,
+        body=body,
+        request_id="q",
+        retry_after_s=retry_after_s,
+        lost_engine=lost_engine,
+    )
+
+
+class FragileEngine:
+    """An engine that some lines end: all that are in work then tell of it."""
+
+    def __init__(self, killers: set[int]) -> None:
+        self.killers = killers
+        self.num_losses = 0
+        self.in_work: set[int] = set()
+        self.last_beside: dict[int, set[int]] = {}  # what a killer took with it, the last time
+
+    async def answer(self, line: Line) -> Reply:
+        before = self.num_losses
+        self.in_work.add(line.number)
+        await asyncio.sleep(0.002)
+        if self.num_losses == before and line.number in self.killers:
+            self.num_losses += 1
+            self.last_beside[line.number] = self.in_work - {line.number}
+            self.in_work.clear()
+        self.in_work.discard(line.number)
+        if self.num_losses != before:
+            return refused(503, retry_after_s=0.001, lost_engine=True)
+        return await echo(line)
 
 
 def test_every_line_gets_one_record_and_bad_ones_stop_nothing(tmp_path: Path):
@@ -188,3 +219,94 @@ def test_a_failure_ends_the_job(where: str, tmp_path: Path):
         run_echo(job, answer)
     lines = [record["line"] for record in records(target)]
     assert len(lines) == len(set(lines)) > 0
+
+
+def test_a_line_that_ends_the_engine_each_time_costs_itself_only(tmp_path: Path):
+    target = tmp_path / "out.jsonl"
+    job = make_job(write_requests(tmp_path / "in.jsonl", 60), target)
+    engine = FragileEngine({7, 8, 30, 60})
+    counts = run_echo(job, engine.answer)
+    assert (counts.num_ok, counts.num_failed, counts.num_in_work) == (56, 4, 0)
+    assert engine.num_losses <= 3 * len(engine.killers)
+    assert engine.last_beside == dict.fromkeys(engine.killers, set()), "blamed when it was alone"
+    failed = [record for record in records(target) if record["error"] is not None]
+    assert {record["line"] for record in failed} == engine.killers
+    for record in failed:
+        assert record["response"]["status_code"] == record["error"]["code"] == 500
+        words = f"in.jsonl:{record['line']}: the engine was lost each time it worked on this line"
+        assert words in record["error"]["message"]
+    assert run_echo(job, engine.answer).num_done == 0
+
+
+def test_an_engine_that_no_line_survives_ends_the_job(tmp_path: Path):
+    target = tmp_path / "out.jsonl"
+    job = make_job(write_requests(tmp_path / "in.jsonl", 60), target)
+    engine = FragileEngine(set(range(1, 61)))
+    with pytest.raises(EngineDeadError, match="9 lines in a row lost the engine, each of them"):
+        run_echo(job, engine.answer)
+    assert len(records(target)) == 8
+    engine = FragileEngine(set(range(1, 61)))
+    with (
+        pytest.raises(EngineDeadError, match="lost 2 times without an answer between: status 503"),
+        open_job(job, check_inputs(job), overwrite=False) as opened,
+    ):
+        asyncio.run(pump_of(opened, engine.answer, max_losses=1).run())
+    assert len(records(target)) == 8
+
+
+def test_work_that_is_lost_late_is_no_silence(tmp_path: Path):
+    job = make_job(write_requests(tmp_path / "in.jsonl", 4), tmp_path / "out.jsonl")
+    asked: Counter[int] = Counter()
+
+    async def answer(line: Line) -> Reply:
+        asked[line.number] += 1
+        await asyncio.sleep(0.05)
+        is_lost = asked[line.number] < 3
+        return refused(503, retry_after_s=0.01, lost_engine=True) if is_lost else await echo(line)
+
+    with open_job(job, check_inputs(job), overwrite=False) as opened:
+        counts = Counts()
+        asyncio.run(pump_of(opened, answer, counts=counts, give_up_after_s=0.04).run())
+    assert counts.num_ok == 4
+
+
+def test_lines_that_are_read_ahead_are_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pump, "_BYTES_AT_ONCE", 10_000)
+    source, most_queued = tmp_path / "in.jsonl", 0
+    source.write_text("".join(request_line(index, prompt="x" * 3000) for index in range(60)))
+
+    async def answer(line: Line) -> Reply:
+        nonlocal most_queued
+        most_queued = max(most_queued, work._queue.qsize())
+        await asyncio.sleep(0.001)
+        return await echo(line)
+
+    job, counts = make_job(source, tmp_path / "out.jsonl"), Counts()
+    with open_job(job, check_inputs(job), overwrite=False) as opened:
+        work = pump_of(opened, answer, counts=counts, concurrency=2)
+        asyncio.run(work.run())
+    assert counts.num_ok == 60
+    assert 0 < most_queued <= 6  # of 60; two are marks of the end
+
+
+def test_a_disk_that_does_not_take_the_answers_ends_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pump, "_SYNC_EVERY_S", 0.01)
+    counts = Counts()
+    job = make_job(write_requests(tmp_path / "in.jsonl", 50), tmp_path / "out.jsonl")
+
+    async def answer(line: Line) -> Reply:
+        await asyncio.sleep(0.05)
+        return await echo(line)
+
+    def fsync(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with (
+        pytest.raises(JaxInferError, match=r"cannot be brought to the disk .*Input/output error"),
+        open_job(job, check_inputs(job), overwrite=False) as opened,
+    ):
+        monkeypatch.setattr("jaxinfer.batch.journal.os.fsync", fsync)
+        asyncio.run(pump_of(opened, answer, concurrency=2, counts=counts).run())
+    assert counts.num_ok < 25, "at once, not when all is done"

@@ -2,21 +2,27 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fsspec.implementations.memory import MemoryFile
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jaxinfer.batch import readers
-from jaxinfer.batch.files import find_files
+from jaxinfer.batch.files import _LineCount, find_files
 from jaxinfer.batch.job import check_inputs
 from jaxinfer.batch.lines import BadLine, Line
 from jaxinfer.batch.readers import JobReader
+from jaxinfer.batch.records import bad_record, encode
 from jaxinfer.config.job import InputsConfig
-from jaxinfer.errors import ConfigError
+from jaxinfer.errors import ConfigError, JaxInferError
 from tests.batch.echo import make_job, request_line
 
 
@@ -124,6 +130,67 @@ def test_gzip(tmp_path: Path):
     assert line.custom_id == "r3"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl.gz", b"nonsense\n", "Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b"x" * 99)[:10], "ended before"),
+        ("a.csv.gz", gzip.compress(b"t\nx\n")[:12], "ended before"),
+        ("a.csv.gz", b"t\nx\n", "Not a gzipped file"),
+        ("a.csv", b"x" * 5000 + b"\n", "field larger than field limit"),
+    ],
+)
+def test_a_file_whose_beginning_cannot_be_read(
+    name: str, content: bytes, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    file = write(tmp_path / name, content)
+    column: Any = {"column": "t"} if "csv" in name else {}
+    with pytest.raises(ConfigError, match=f"{name} cannot be read .*{words}"):
+        check_inputs(make_job(file, tmp_path / "out.jsonl", **column))
+
+
+def test_a_file_that_cannot_be_read_on(tmp_path: Path):
+    content = "".join(request_line(index) for index in range(2000)).encode()
+    file = write(tmp_path / "a.jsonl.gz", gzip.compress(content)[:-100])
+    assert check_inputs(make_job(file, tmp_path / "out.jsonl"))
+    with pytest.raises(JaxInferError, match=r"a\.jsonl\.gz cannot be read on: .*Nothing is lost"):
+        read(file)
+
+
+def test_a_field_of_any_length_a_body_may_have(tmp_path: Path):
+    file = write(tmp_path / "a.csv", "t\n" + "x" * 1_000_000 + "\nshort\n")
+    long, short = read(file, column="t", mode="completion")
+    assert isinstance(long, Line)
+    assert len(long.body["prompt"]) == 1_000_000
+    assert isinstance(short, Line)
+
+
+def test_a_name_that_is_no_text(tmp_path: Path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
+    Path(path).write_bytes(b"\xff\n")
+    [bad] = read(path)
+    assert isinstance(bad, BadLine)
+    assert bad.where.endswith(r"/\udcff.txt:1")
+    encode(bad_record(bad))
+
+
+def test_a_file_is_read_once_however_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "a.txt", "one\n")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    monkeypatch.chdir(tmp_path)
+    names = ["a.txt", tmp_path / "a.txt", "./*.txt", tmp_path / "b.txt"]
+    assert [item.where for item in read(*names)] == ["a.txt:1"]
+
+
+@given(st.text(alphabet=" x\n\t", max_size=30), st.integers(1, 7))
+def test_lines_that_are_not_blank_are_counted(text: str, piece: int):
+    count = _LineCount()
+    for start in range(0, len(text), piece):
+        count.add(text[start : start + piece].encode())
+    assert count.num_filled == sum(1 for line in text.split("\n") if line.strip())
+
+
 ROWS = [
     {"id": 7, "title": "A", "text": "first"},
     {"id": 8, "title": None, "text": "second"},
@@ -179,6 +246,17 @@ def test_more_rows_than_are_read_at_once(tmp_path: Path):
     assert lines[-1].body == {"prompt": "998"}
 
 
+def test_a_cell_that_is_no_text(tmp_path: Path):
+    bytes_ = pyarrow.array([b"one", b"\xff", b"two"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, bytes_.buffers())
+    table = pyarrow.table({"t": text, "id": ["a", "b", "c"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    one, bad, two = read(tmp_path / "a.parquet", column="t", id_column="id")
+    assert (one.custom_id, two.custom_id, two.number) == ("a", "c", 3)
+    assert isinstance(bad, BadLine)
+    assert "column 't' cannot be read: 'utf-8' codec can't decode" in bad.message
+
+
 @pytest.mark.parametrize(
     ("name", "inputs", "words"),
     [
@@ -215,8 +293,6 @@ def test_inputs_that_cannot_be_used(
 
 
 def test_urls(tmp_path: Path):
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     for name in ("b", "a"):
         memory.pipe_file(f"/batch-readers/{name}.txt", f"from {name}\n".encode())
@@ -229,3 +305,22 @@ def test_urls(tmp_path: Path):
         read("memory://batch-readers/none.txt")
     with pytest.raises(ConfigError, match="cannot be looked up"):
         read("nosuchscheme://x/y.txt")
+
+
+class PayloadError(Exception):
+    """As aiohttp's, which fsspec lets pass."""
+
+
+def test_a_url_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/batch-readers/c.jsonl", request_line(0).encode() * 100)
+    url = "memory://batch-readers/c.jsonl"
+    assert len(read(url)) == 100
+
+    def fail(*_: Any) -> bytes:
+        raise PayloadError("Response payload is not completed")
+
+    monkeypatch.setattr(MemoryFile, "read", fail)
+    words = r"c\.jsonl cannot be read on: PayloadError: Response payload .*Nothing is lost"
+    with pytest.raises(JaxInferError, match=words):
+        read(url)

@@ -1,5 +1,6 @@
 """Outputs: what is kept through a kill, what is refused, and what a reader finds in them."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from jaxinfer.batch.lines import BadLine, Line, Reply
 from jaxinfer.batch.parquet_sink import ParquetSink
 from jaxinfer.batch.records import bad_record, encode, record_of
 from jaxinfer.batch.sinks import JsonlSink, Sink
+from jaxinfer.batch.text_sink import TextSink
 from jaxinfer.errors import ConfigError, JaxInferError
 from tests.batch.echo import completion
 
@@ -25,11 +27,13 @@ JOB = {"inputs": [{"bytes": 1}], "model": "m"}
 Open = Callable[..., Sink]
 
 
-@pytest.fixture(params=["jsonl", "parquet"])
+@pytest.fixture(params=["jsonl", "text", "parquet"])
 def open_sink(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     def open_(*, job: Any = JOB, overwrite: bool = False) -> Sink:
         if request.param == "jsonl":
             return JsonlSink(tmp_path / "new" / "out.jsonl", job, overwrite=overwrite)
+        if request.param == "text":
+            return TextSink(tmp_path / "new" / "out.txt", job, overwrite=overwrite)
         path = tmp_path / "new" / "out.parquet"
         return ParquetSink(path, job, rows_per_file=3, overwrite=overwrite)
 
@@ -121,6 +125,10 @@ def test_files_of_others_are_not_touched(tmp_path: Path):
         JsonlSink(tmp_path / "a.jsonl", JOB, overwrite=False)
     with pytest.raises(ConfigError, match="exists already"):
         ParquetSink(tmp_path / "d", JOB, rows_per_file=1, overwrite=False)
+    (tmp_path / "a.txt").write_text("precious\n")
+    with pytest.raises(ConfigError, match=r"a\.txt exists already"):
+        TextSink(tmp_path / "a.txt", JOB, overwrite=False)
+    assert (tmp_path / "a.txt").read_text() == "precious\n"
     with pytest.raises(ConfigError, match="is a file"):
         ParquetSink(tmp_path / "a.jsonl", JOB, rows_per_file=1, overwrite=False)
     with pytest.raises(ConfigError, match="holds files that no job wrote"):
@@ -133,6 +141,31 @@ def test_an_output_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         JsonlSink(tmp_path / "file" / "out.jsonl", JOB, overwrite=False)
+    (tmp_path / "directory").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="is a directory"):
+            JsonlSink(tmp_path / "directory", JOB, overwrite=overwrite)
+        with pytest.raises(ConfigError, match="is a directory"):
+            TextSink(tmp_path / "directory", JOB, overwrite=overwrite)
+    assert not list(tmp_path.glob("directory.*"))
+
+
+def test_an_output_that_cannot_be_replaced(open_sink: Open, monkeypatch: pytest.MonkeyPatch):
+    """(Root may do anything, so a read-only place is played.)"""
+    sink = open_sink()
+    write_all(sink, 1, 2)
+    sink.close()
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(ConfigError, match="cannot be written .*Permission denied"):
+        open_sink(overwrite=True)
+    monkeypatch.undo()
+    sink = open_sink()
+    assert len(sink.done) == 2
+    sink.close()
 
 
 # --------------------------------------------------------------------------------- journal
@@ -190,6 +223,40 @@ def test_a_full_disk_leaves_a_journal_that_can_be_continued(tmp_path: Path):
     done = DoneIndex()
     Journal(path, done).close()
     assert (1 in done, 2 in done, 3 in done) == (True, False, True)
+
+
+# ------------------------------------------------------------------------------ plain text
+
+
+def test_line_n_of_a_text_answers_line_n(tmp_path: Path):
+    path = tmp_path / "out.txt"
+
+    def reply(number: int, text: str) -> dict[str, Any]:
+        line = Line(number, f"f:{number}", f"id{number}", "/v1/completions", {}, 1)
+        return record_of(line, Reply(status=200, body=completion(text), request_id="q"))
+
+    sink = TextSink(path, JOB, overwrite=False)
+    sink.write(reply(5, "five"))
+    sink.write(reply(2, "two\n lines\r\n and \\n"))
+    sink.close()
+    assert not path.exists(), "it is there when it is whole"
+    sink = TextSink(path, JOB, overwrite=False)
+    sink.write(bad_record(BadLine(3, "f:3", None, "not JSON.")))
+    sink.write(reply(1, ""))
+    for _ in range(2):
+        sink.finish()
+        expected = "\ntwo\\n lines\\r\\n and \\\\n\n\n\nfive\n"
+        assert path.read_bytes() == expected.encode()
+        sink.close()
+        sink = TextSink(path, JOB, overwrite=False)
+    assert len(sink.done) == 4
+    path.write_text("edited")
+    with pytest.raises(JaxInferError, match="was changed or written by others"):
+        sink.finish()
+    assert path.read_text() == "edited"
+    sink.close()
+    TextSink(path, JOB, overwrite=True).close()
+    assert not path.exists()
 
 
 # --------------------------------------------------------------------------------- Parquet

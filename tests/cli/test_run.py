@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,25 @@ def test_an_engine_that_is_lost_for_good_ends_the_job_and_loses_nothing(
     assert sorted(record["line"] for record in records(target)) == list(range(1, 13))
 
 
+def test_a_line_that_kills_the_core_each_time_costs_itself_only(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [request_line(index, max_tokens=8) for index in range(12)]
+    lines[5] = request_line(5, prompt="! boo", max_tokens=8)
+    source.write_text("".join(lines))
+    argv = ["run-batch", "-i", str(source), "-o", str(target), "--model", model, *ENGINE]
+    argv += ["--engine-max-restarts=2"]
+    assert start("tests.batch.killer_runner:build_killer", *argv) == 0
+    assert "(11 ok, 1 failed, 0 done before)" in capsys.readouterr().out
+    found = {record["line"]: record for record in records(target)}
+    assert sorted(found) == list(range(1, 13))
+    assert found[6]["response"]["status_code"] == 500
+    message = found[6]["error"]["message"]
+    assert "in.jsonl:6: the engine was lost each time it worked on this line" in message
+    assert "ended by signal 9" in message
+
+
 # ------------------------------------------------------------------ without starting anything
 
 
@@ -208,10 +228,12 @@ def test_a_dry_run_says_what_the_settings_come_to(
     assert main(["run", str(tmp_path / "shown.yaml"), "--dry-run"]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == shown, "it says the same when it is read"
     assert not (tmp_path / "out.jsonl").exists()
-    argv = ["run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "o.jsonl")]
+    argv = ["run-batch", "-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "o.parquet")]
     assert main([*argv, "--dry-run"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["inputs"]["format"] == "openai"
-    assert not list(tmp_path.glob("o.jsonl*"))
+    assert main([*argv[:-1], str(tmp_path / "o.jsonl.gz"), "--dry-run"]) == 2
+    assert "not packed" in capsys.readouterr().err
+    assert not list(tmp_path.glob("o.*"))
 
 
 @pytest.mark.parametrize(
@@ -227,6 +249,14 @@ def test_a_dry_run_says_what_the_settings_come_to(
         ({"inputs": [1]}, ["inputs: expected `name: value` lines"]),
         ({"outputs": {}}, ["outputs.path must name where"]),
         ({"outputs": {"path": "x", "rows-per-file": 0}}, ["rows_per_file must be at least 1"]),
+        ({"outputs": {"path": "x.jsonl.gz"}}, ["not packed", "Name 'x.jsonl'"]),
+        ({"outputs": {"path": "x.parquet", "format": "jsonl"}}, ["contradict each other"]),
+        ({"outputs": {"path": "nosuch://x"}}, ["nosuch://x cannot be used"]),
+        (
+            {"sampling": {"chat_template_kwargs": {"day": date(2024, 1, 2)}}},
+            ["sampling.chat_template_kwargs.day: 2024-01-02 is a date", "Quote"],
+        ),
+        ({"sampling": {"logit_bias": {5: 1}}}, ["sampling.logit_bias: the name 5", "quote"]),
         ({"inputs": {"path": "no.jsonl"}}, ["there is no file 'no.jsonl'"]),
         ({"sampling": {"temprature": 1}}, ["sampling", "Did you mean temperature?"]),
         ({"sampling": {"temperature": -1}}, ["sampling: temperature"]),

@@ -64,8 +64,21 @@ async def test_what_is_of_the_moment_asks_to_come_back(served: Served):
     assert (reply.status, reply.retry_after_s) == (429, 1.0)
     served.core.rejects_as = None
     served.core.die()
+    await served.engine.wait_dead()
     reply = await ask(served, COMPLETION_URL, {"prompt": "x"})
     assert reply.status == 503
+    assert reply.retry_after_s is not None
+    assert not reply.lost_engine, "it was not asked"
+
+
+async def test_a_line_in_work_tells_of_the_loss_of_the_engine(served: Served):
+    served.core.is_frozen = True
+    task = asyncio.create_task(ask(served, COMPLETION_URL, {"prompt": "x"}))
+    while not served.core.open:  # noqa: ASYNC110 - the double has no event
+        await asyncio.sleep(0.001)
+    served.core.die()
+    reply = await task
+    assert (reply.status, reply.lost_engine) == (503, True)
     assert reply.retry_after_s is not None
 
 
