@@ -1,6 +1,8 @@
 """Every file under configs/serve and configs/batch can be used as it is."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,6 +27,29 @@ def test_every_kind_is_there():
         assert any(part in name for name in names), part
 
 
+def check_shown(written: dict[str, Any], shown: dict[str, Any]) -> None:
+    """Every name of a file, and its value as the program understood it."""
+    for key, value in written.items():
+        name = key.replace("-", "_")
+        match value:
+            case dict() if name == "sampling":
+                assert shown[name] == value
+            case dict():
+                check_shown(value, shown[name])
+            case str() if name == "path" and isinstance(shown[name], list):
+                assert shown[name] == [value]
+            case str() if re.fullmatch(r"\d+K", value):
+                assert shown[name] == int(value[:-1]) * 1024
+            case _:
+                assert shown[name] == value, key
+
+
+def test_a_server_drains():
+    for path in FILES:
+        if path.parent.name == "serve":
+            assert yaml.safe_load(path.read_text())["shutdown-timeout"] >= 10, path
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_dry_run_takes_it(
     path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -33,9 +58,7 @@ def test_a_dry_run_takes_it(
     argv = [*COMMANDS[path.parent.name], str(path.relative_to(ROOT))]
     assert main([*argv, "--dry-run"]) == 0, capsys.readouterr().err
     shown = yaml.safe_load(capsys.readouterr().out)
-    for name, value in yaml.safe_load(path.read_text()).items():
-        if not isinstance(value, str | dict):
-            assert name.replace("-", "_") in shown
+    check_shown(yaml.safe_load(path.read_text()), shown)
     assert load_catalogue().find(shown["model"]) is not None
     assert f"jaxinfer {' '.join(argv)}" in path.read_text(), "its comment says how to use it"
 
