@@ -117,15 +117,23 @@ class Pump:
                 reply = await self._ask(item)
             finally:
                 counts.num_in_work -= 1
-            self._sink.write(record_of(item, reply))
-            self._count(reply)
+            if reply is not None:
+                self._sink.write(record_of(item, reply))
+                self._count(reply)
 
-    async def _ask(self, line: Line) -> Reply:
-        """The answer. What is said of the moment and not of the line (busy, restarting) is none."""
+    async def _ask(self, line: Line) -> Reply | None:
+        """The answer. What is said of the moment and not of the line (busy, restarting) is none.
+
+        None where a stop came while the line waited for suspects and had not been asked yet.
+        """
         num_losses = 0
+        was_asked = False
         while True:
             is_suspect = num_losses >= LOSSES_OF_A_SUSPECT
             async with self._turns.turn(alone=is_suspect):
+                if self._stop.is_set() and not was_asked:
+                    return None
+                was_asked = True
                 serial = self._losses.serial
                 reply = await self._handler(line)
                 if is_suspect and reply.lost_engine:

@@ -228,8 +228,9 @@ def _csv_text(file: InputFile) -> io.TextIOWrapper:
 
 
 def _csv_rows(text: io.TextIOWrapper) -> "Iterator[list[str]]":
+    """Rows; what has no line end for too long comes in pieces, which are no rows."""
     csv.field_size_limit(MAX_LINE_BYTES)  # (of the process; the usual one is 128 KiB)
-    return csv.reader(text)
+    return csv.reader(iter(lambda: text.readline(MAX_LINE_BYTES + 1), ""))
 
 
 def _num_csv_rows(file: InputFile) -> int:

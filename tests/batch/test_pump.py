@@ -238,6 +238,24 @@ def test_a_line_that_ends_the_engine_each_time_costs_itself_only(tmp_path: Path)
     assert run_echo(job, engine.answer).num_done == 0
 
 
+def test_a_stop_begins_no_line_that_waits_for_suspects(tmp_path: Path):
+    target = tmp_path / "out.jsonl"
+    job = make_job(write_requests(tmp_path / "in.jsonl", 60), target)
+    engine, stop, asked = FragileEngine({1}), asyncio.Event(), set[int]()
+
+    async def answer(line: Line) -> Reply:
+        if engine.num_losses == 3:  # the others of the first twelve are suspects yet
+            stop.set()
+        assert line.number in asked or not stop.is_set(), "it was not begun"
+        asked.add(line.number)
+        return await engine.answer(line)
+
+    with open_job(job, check_inputs(job), overwrite=False) as opened:
+        asyncio.run(pump_of(opened, answer, stop=stop, concurrency=12).run())
+    assert stop.is_set()
+    assert {record["line"] for record in records(target)} == asked == set(range(1, 13))
+
+
 def test_an_engine_that_no_line_survives_ends_the_job(tmp_path: Path):
     target = tmp_path / "out.jsonl"
     job = make_job(write_requests(tmp_path / "in.jsonl", 60), target)

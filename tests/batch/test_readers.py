@@ -166,6 +166,14 @@ def test_a_field_of_any_length_a_body_may_have(tmp_path: Path):
     assert isinstance(short, Line)
 
 
+def test_a_row_without_end_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)
+    file = write(tmp_path / "a.csv", "t,u\n1,2\n" + "x" * 2500 + "\n3,4\n")
+    first, *bad, last = read(file, column="t")
+    assert (first.number, last.number) == (1, 5)
+    assert ["field larger" in str(item) for item in bad] == [True, True, False]
+
+
 def test_a_name_that_is_no_text(tmp_path: Path):
     path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")
     Path(path).write_bytes(b"\xff\n")

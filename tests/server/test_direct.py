@@ -31,6 +31,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     (COMPLETION_URL, {"prompt": "x", "model": "other"}),
     (COMPLETION_URL, {"prompt": "x" * 1000}),
     (COMPLETION_URL, {"prompt": "x", "suffix": "y"}),
+    (COMPLETION_URL, {"prompt": ["x"] * 1024, "n": 5}),
     (COMPLETION_URL, {}),
     (CHAT_URL, {"messages": "hi"}),
 ]
