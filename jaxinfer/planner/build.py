@@ -9,7 +9,7 @@ then, since it is part of every shape. Whether the machine accepts them can only
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,14 +17,15 @@ from jaxinfer.config.schema import EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.logging import get_logger, log_phase
 from jaxinfer.planner.check import check_divides
-from jaxinfer.planner.compile import divide_memory, lay_out
+from jaxinfer.planner.compile import Layout, divide_memory, lay_out
 from jaxinfer.planner.devices import target_devices
 from jaxinfer.planner.messages import BuildRequest, BuildResult
 from jaxinfer.planner.plan import read_config
 from jaxinfer.planner.topologies import Target, parse_topology
-from jaxinfer.runner.build import build_runner, plan_and_compile, store_facts
+from jaxinfer.runner.build import build_runner, store_facts
 from jaxinfer.runner.compiler import enable_persistent_cache
-from jaxinfer.runner.program_store import open_store
+from jaxinfer.runner.program_store import check_stored, open_store
+from jaxinfer.runner.programs import compile_programs
 
 logger = get_logger(__name__)
 
@@ -74,7 +75,7 @@ def _start_once(config: EngineConfig, target: Target) -> _Built:
             f"topology={target.name!r}: programs are built for the processor of this machine, "
             "which is one device. Give cpu."
         )
-    runner = build_runner(config, _log_progress)
+    runner = build_runner(config, _log_progress, must_store=True)
     num_programs, num_pages = len(runner.buckets) + 2, runner.limits.num_pages
     runner.close()
     note = (
@@ -86,24 +87,58 @@ def _start_once(config: EngineConfig, target: Target) -> _Built:
 
 
 def _compile_ahead(config_path: Path, config: EngineConfig, target: Target) -> _Built:
+    """With as many pages as a start would make: if XLA needs more than was guessed for the largest
+    step, there are fewer, and all is compiled again."""
     config_json = read_config(config_path)
     devices = target_devices(target)
-    planned = divide_memory(lay_out(config_json, config, target, devices))
-    num_pages = planned.limits.num_pages
-    # Settings are part of a program's name, so those that the machine will be given must be used.
-    cache = replace(config.cache, num_gpu_blocks_override=num_pages)
-    layout = lay_out(config_json, replace(config, cache=cache), target, devices)
-    directory, mesh = config.compile.compile_cache, layout.model.mesh
-    enable_persistent_cache(directory)
-    facts = store_facts(layout.config, layout.model.kernels, config_json)
-    store = open_store(directory, tuple(mesh.devices.flat), facts)
-    with log_phase(logger, "compile") as phase:
-        jax.set_mesh(mesh)  # in all threads; see compile.py
-        plan = plan_and_compile(
-            layout.config, layout.model, layout.needs, store, _log_progress, phase
+    layout = lay_out(config_json, config, target, devices)
+    enable_persistent_cache(config.compile.compile_cache)
+    jax.set_mesh(layout.model.mesh)  # in all threads; see compile.py
+    while True:
+        num_pages = divide_memory(layout).limits.num_pages
+        # Settings are part of a program's name: those that the machine will be given are used.
+        cache = replace(config.cache, num_gpu_blocks_override=num_pages)
+        fixed = lay_out(config_json, replace(config, cache=cache), target, devices)
+        num_programs, temp_bytes = _compile_fixed(config_json, fixed)
+        if temp_bytes <= layout.needs.temp_bytes:
+            flags = f"--num-gpu-blocks-override {num_pages}"
+            return _Built(num_programs, flags, _UNPROVEN)
+        logger.warning(
+            "the largest step needs %d bytes of temporaries, not %d as was guessed: planning and "
+            "compiling again",
+            temp_bytes,
+            layout.needs.temp_bytes,
         )
-    flags = f"--num-gpu-blocks-override {num_pages}"
-    return _Built(len(plan.programs.steps) + 2, flags, _UNPROVEN)
+        layout = layout._replace(needs=replace(layout.needs, temp_bytes=temp_bytes))
+
+
+def _compile_fixed(config_json: dict[str, Any], layout: Layout) -> tuple[int, int]:
+    """Stores the programs of a layout whose settings say how many pages there are.
+
+    Returns their number, and the temporaries of the largest step in bytes of a device.
+    """
+    config, model = layout.config, layout.model
+    directory = config.compile.compile_cache
+    facts = store_facts(config, model.kernels, config_json)
+    store = open_store(directory, tuple(model.mesh.devices.flat), facts)
+    check_stored(store, directory)  # that none can be is said at once
+    engine = divide_memory(layout)
+    with log_phase(logger, "compile") as phase:
+
+        def tell(names: str) -> None:
+            phase.detail = names
+
+        compiled = compile_programs(
+            config,
+            model,
+            engine.limits,
+            engine.arrays,
+            store,
+            lambda done, total: _log_progress("compile", done, total),
+            tell,
+        )
+    check_stored(store, directory)
+    return len(compiled.programs.steps) + 2, compiled.temp_bytes
 
 
 def _log_progress(phase: str, done: int, total: int) -> None:

@@ -34,9 +34,9 @@ from jaxinfer.runner.memory import (
     plan_memory,
     with_measured_temp,
 )
-from jaxinfer.runner.program_store import ProgramStore, open_store
+from jaxinfer.runner.program_store import ProgramStore, check_stored, open_store
 from jaxinfer.runner.programs import compile_programs
-from jaxinfer.runner.runner import DeviceArrays, Programs, Runner, Vocabulary
+from jaxinfer.runner.runner import DeviceArrays, DeviceMemory, Programs, Runner, Vocabulary
 from jaxinfer.runner.sizing import make_limits, memory_needs, resolve_config
 from jaxinfer.runner.warm_up import warm_up
 from jaxinfer.tokenizer.tokenizer import load_tokenizer
@@ -58,21 +58,26 @@ class CompiledPlan(NamedTuple):
     programs: Programs
 
 
-def build_runner(config: EngineConfig, progress: ProgressCallback) -> Runner:
+def build_runner(
+    config: EngineConfig, progress: ProgressCallback, *, must_store: bool = False
+) -> Runner:
     """Loads and compiles; returns when every shape a step can have is ready.
 
-    Raises UserError for what the user can repair, CapacityError when the model does not fit.
+    Raises UserError for what the user can repair, CapacityError when the model does not fit. With
+    `must_store` that a program cannot be stored is an error too, not a line in the log.
     """
     reserve_gpu_memory(GPU_MEMORY_FRACTION)
     location = locate_model(config.model, progress)
     reader = open_checkpoint(location.path, config.model.load_format)
     try:
-        return _build(config, reader, progress)
+        return _build(config, reader, progress, must_store=must_store)
     finally:
         reader.close()
 
 
-def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCallback) -> Runner:
+def _build(
+    config: EngineConfig, reader: CheckpointReader, progress: ProgressCallback, *, must_store: bool
+) -> Runner:
     counter = CompileCounter()
     devices = jax.devices()
     definition = define_model(reader.config(), tensor=config.parallel.tensor_parallel_size)
@@ -89,9 +94,13 @@ def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCal
     )
     _check_weights(config, model, reader)
     store = _open_store(config, mesh, kernels, reader)
+    if must_store:
+        check_stored(store, config.compile.compile_cache)  # that none can be is said at once
     with log_phase(logger, "compile") as phase:
         needs = memory_needs(config, model)
         plan = plan_and_compile(config, model, needs, store, progress, phase)
+    if must_store:
+        check_stored(store, config.compile.compile_cache)
     logger.info("memory of each device:\n%s", plan.memory.table())
     with log_phase(logger, "load weights"):
         params = _load(config, model, reader, progress)
@@ -105,20 +114,7 @@ def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCal
     with log_phase(logger, "read end tokens"):
         ends = _eos_token_ids(config, reader, progress)
     vocabulary = Vocabulary(definition.shape.vocab_size, ends)
-    with log_phase(logger, "warm up") as phase:
-
-        def on_program(name: str, done: int, total: int) -> None:
-            phase.detail = name
-            progress("warm up", done, total)
-
-        memory = warm_up(
-            plan.programs,
-            weights,
-            memory,
-            plan.limits,
-            vocab_size=vocabulary.size,
-            on_program=on_program,
-        )
+    memory = _warm_up(plan, weights, memory, vocab_size=vocabulary.size, progress=progress)
     counter.mark_ready()
     return Runner(
         config=config,
@@ -130,6 +126,31 @@ def _build(config: EngineConfig, reader: CheckpointReader, progress: ProgressCal
         vocabulary=vocabulary,
         counter=counter,
     )
+
+
+def _warm_up(
+    plan: CompiledPlan,
+    weights: tuple[jax.Array, ...],
+    memory: DeviceMemory,
+    *,
+    vocab_size: int,
+    progress: ProgressCallback,
+) -> DeviceMemory:
+    """Runs each program once; see warm_up.py."""
+    with log_phase(logger, "warm up") as phase:
+
+        def on_program(name: str, done: int, total: int) -> None:
+            phase.detail = name
+            progress("warm up", done, total)
+
+        return warm_up(
+            plan.programs,
+            weights,
+            memory,
+            plan.limits,
+            vocab_size=vocab_size,
+            on_program=on_program,
+        )
 
 
 def _open_store(

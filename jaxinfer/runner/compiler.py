@@ -26,6 +26,10 @@ logger = get_logger(__name__)
 
 _BACKEND_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_WRITE_EVENT = "/jax/compilation_cache/cache_misses"
+_NOT_NEW = (
+    "JAX's own cache had it, and what is read from there cannot be stored; an empty directory has "
+    "no such cache"
+)
 
 
 CompilerOptions = Mapping[str, Any]
@@ -136,13 +140,22 @@ class _Obtain:
         return compiled
 
     def _load(self, name: str, program: Program) -> Compiled | None:
-        return None if self._store is None else self._store.load(self._identity(name, program))
+        if self._store is None:
+            return None
+        identity = self._identity(name, program)
+        compiled = self._store.load(identity)
+        if compiled is not None:
+            self._store.note(name, identity, None)
+        return compiled
 
     def _compile(self, name: str, program: Program) -> Compiled:
         self._compiling.is_new = False
         compiled = program.compile(self._options)
-        if self._store is not None and self._compiling.is_new:
-            self._store.save(self._identity(name, program), compiled)
+        if self._store is not None:
+            identity, why_not = self._identity(name, program), _NOT_NEW
+            if self._compiling.is_new:
+                why_not = self._store.save(identity, compiled)
+            self._store.note(name, identity, why_not)
         return compiled
 
     def _identity(self, name: str, program: Program) -> str:

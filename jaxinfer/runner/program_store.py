@@ -19,11 +19,11 @@ import platform
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
@@ -32,6 +32,7 @@ from jax.stages import Compiled
 import jaxinfer
 import pallas_kernels
 from jaxinfer.config.env import compiler_flags
+from jaxinfer.errors import UserError
 from jaxinfer.logging import get_logger
 from jaxinfer.parallel.mesh import Device
 from jaxinfer.runner.store_origin import SUFFIX, describe_difference, nearest_foreign, note_origin
@@ -52,6 +53,13 @@ _JAX_OPTIONS = (
 )
 
 
+class Outcome(NamedTuple):
+    """What came of a program that was asked for."""
+
+    path: Path
+    why_not: str | None  # it is not stored; None: it is
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProgramStore:
     """A directory of programs, of which those of one origin and for these devices are seen."""
@@ -59,6 +67,7 @@ class ProgramStore:
     directory: Path
     origin: str  # digest of what all programs have in common
     devices: tuple[Device, ...]
+    outcomes: dict[str, Outcome] = field(default_factory=dict)  # by a program's name; see `note`
 
     def load(self, identity: str) -> Compiled | None:
         """The program of this name, or None."""
@@ -85,13 +94,16 @@ class ProgramStore:
             os.utime(path)  # was used
         return compiled
 
-    def save(self, identity: str, compiled: Compiled) -> None:
-        """Keeps a program, if the backend can write it; a full disk is no reason to stop."""
+    def save(self, identity: str, compiled: Compiled) -> str | None:
+        """Keeps a program, if the backend can write it; a full disk is no reason to stop.
+
+        Returns why it is not kept, or None.
+        """
         try:
             payload = pickle.dumps(serialize_executable.serialize(compiled))
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
             logger.info("compiled programs cannot be stored here: %s", error)
-            return
+            return f"it cannot be serialized: {error}"
         path = self._path(identity)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -101,6 +113,26 @@ class ProgramStore:
             logger.warning("a compiled program cannot be stored: %s", error)
             with suppress(OSError):
                 unfinished.unlink()
+            return f"it cannot be written: {error}"
+        return None
+
+    def note(self, name: str, identity: str, why_not: str | None) -> None:
+        """Remembers what came of a program, for `check_kept`; `why_not` it is stored, or None."""
+        self.outcomes[name] = Outcome(self._path(identity), why_not)
+
+    def check_kept(self) -> None:
+        """Raises UserError if a start would not find all programs that were noted; says why."""
+        missing = {
+            name: outcome.why_not or "its file is gone again"
+            for name, outcome in self.outcomes.items()
+            if outcome.why_not is not None or not outcome.path.is_file()
+        }
+        if missing:
+            lines = (f"  {name}: {why_not}" for name, why_not in missing.items())
+            raise UserError(
+                f"{len(missing)} of {len(self.outcomes)} programs are not stored in "
+                f"{self.directory}:\n" + "\n".join(lines)
+            )
 
     def _discard(self, path: Path, reason: str) -> None:
         logger.warning("compiled program %s is deleted and compiled again: %s", path, reason)
@@ -139,6 +171,19 @@ def open_store(
     note_origin(own, origin, lines)
     _delete_oldest(own)
     return ProgramStore(directory=own, origin=origin, devices=tuple(devices))
+
+
+def check_stored(store: ProgramStore | None, directory: str) -> None:
+    """Raises UserError if a later start would not find all programs of this one in `directory`.
+
+    For whoever compiles only to store. `store` is None where open_store refused the directory.
+    """
+    if store is None:
+        raise UserError(
+            f"no program was stored: {Path(directory) / _SUBDIRECTORY} must be a directory of this "
+            "user (or of root) that nobody else can write. Repair it (chmod 700), or name another."
+        )
+    store.check_kept()
 
 
 def _origin_lines(devices: Sequence[Device], facts: Mapping[str, Any]) -> list[str]:

@@ -1,5 +1,6 @@
 """Programs built ahead: a start with the same settings compiles nothing, one of others says why."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,23 @@ import jax
 import pytest
 
 from jaxinfer.config.load import engine_config_from_kwargs
-from jaxinfer.errors import ConfigError
+from jaxinfer.core.limits import EngineLimits
+from jaxinfer.errors import ConfigError, UserError
+from jaxinfer.planner import build as build_module
 from jaxinfer.planner.build import build_cache
+from jaxinfer.planner.compile import divide_memory, lay_out
+from jaxinfer.planner.devices import stand_ins
 from jaxinfer.planner.messages import BuildRequest
+from jaxinfer.planner.topologies import parse_topology
 from jaxinfer.runner import program_store
 from jaxinfer.runner.build import build_runner
 from jaxinfer.runner.compiler import Program
+from jaxinfer.runner.programs import CompiledPrograms
+from jaxinfer.runner.runner import Programs
 from tests.runner.tiny_llama import TinyLlama
 
+CONFIG = Path(__file__).parent / "configs" / "llama-3.1-8b-instruct.json"
+GIB = 2**30
 SETTINGS = {
     "max_num_seqs": 1,
     "max_num_batched_tokens": 16,
@@ -86,6 +96,64 @@ def test_a_built_start_compiles_nothing_and_other_versions_are_named(
     assert said.levelno == logging.WARNING
     assert f"jaxlib: {real_version('jaxlib')} (here 0.9)" in said.message
     assert sorted(directory.glob("programs/*.program")) >= before
+
+
+def test_what_is_not_stored_is_no_success(tmp_path: Path):
+    """Each error names what is missing and why; the last one repairs what the first found."""
+    model, directory = TinyLlama().save(tmp_path / "model"), tmp_path / "cache"
+    programs = directory / "programs"
+    programs.mkdir(parents=True)
+    programs.chmod(0o777)
+    with pytest.raises(UserError, match=f"no program was stored: {programs} must be .*chmod 700"):
+        build(model, directory)
+    programs.chmod(0o700)
+    assert build(model, directory).num_programs == 4
+    for path in programs.glob("*.program"):
+        path.unlink()
+    with pytest.raises(UserError, match="4 of 4 programs are not stored") as caught:
+        build(model, directory)
+    message = str(caught.value)
+    assert "write_slot: JAX's own cache had it" in message and "decode 1x1: JAX's" in message
+    assert "an empty directory has no such cache" in message
+
+
+def test_a_step_larger_than_was_guessed_is_planned_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As a start does: fewer pages, and all programs for them; not an error."""
+    temps, pages = iter([20 * GIB, 19 * GIB]), []
+
+    def compile_programs(config: Any, model: Any, limits: EngineLimits, *_: Any) -> Any:
+        assert config.cache.num_gpu_blocks_override == limits.num_pages
+        pages.append(limits.num_pages)
+        programs: Any = Programs(steps={}, write_slot=None, write_pages=None)  # type: ignore[arg-type]
+        return CompiledPrograms(programs, next(temps))
+
+    monkeypatch.setattr(build_module, "compile_programs", compile_programs)
+    monkeypatch.setattr(build_module, "target_devices", lambda t: stand_ins(t.num_devices))
+    result = build_cache(
+        BuildRequest(
+            config_path=str(CONFIG),
+            engine=engine_config_from_kwargs(model="x", max_model_len=8192),
+            topology="h100",
+            directory=str(tmp_path / "cache"),
+        )
+    )
+    guessed, planned = pages
+    assert guessed > planned
+    assert f"--num-gpu-blocks-override {planned}" in result.serve_flags
+    page_bytes = 16 * 32 * 2 * 8 * 128 * 2
+    (guess,) = {
+        divide_memory(
+            lay_out(
+                json.loads(CONFIG.read_text("utf-8")),
+                engine_config_from_kwargs(model="x", max_model_len=8192),
+                parse_topology("h100"),
+                stand_ins(1),
+            )
+        ).memory.temp_bytes
+    }
+    assert guessed - planned == pytest.approx((20 * GIB - guess) / page_bytes, abs=1)
 
 
 def test_virtual_devices_are_not_built_for(tmp_path: Path):

@@ -17,6 +17,7 @@ import pytest
 
 from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.core.step import Admission
+from jaxinfer.errors import UserError
 from jaxinfer.runner import program_store
 from jaxinfer.runner.compiler import (
     CompileCounter,
@@ -79,6 +80,23 @@ def _count(
     return num_compiled
 
 
+def _compile_into(directory: Path) -> program_store.ProgramStore | None:
+    """The store after one program was compiled for it."""
+    enable_persistent_cache(str(directory))
+    store = open_store(str(directory), jax.devices()[:1], _FACTS)
+    program = Program(
+        function=lambda x: x * 3, args=(jax.ShapeDtypeStruct((6,), jnp.float32),), donate=()
+    )
+    compile_all(
+        {"scale": program},
+        compiler_options("cpu", num_workers=2),
+        num_workers=1,
+        on_done=lambda done, total: None,
+        store=store,
+    )
+    return store
+
+
 def _entry(directory: Path) -> Path:
     (path,) = directory.glob("programs/*.program")
     return path
@@ -113,6 +131,33 @@ def test_other_sources_and_versions_are_not_taken_for_these(tmp_path, counter, m
             patch.setattr(program_store, name, lambda *_args, value=value: value)
             assert _count(tmp_path, counter) == 1, name
     assert _count(tmp_path, counter) == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("serialize", "it cannot be serialized: no such thing here"),
+        ("replace", "it cannot be written: .*No space left"),
+        ("gone", "its file is gone again"),
+    ],
+)
+def test_who_must_store_hears_what_was_not(tmp_path, monkeypatch, what: str, why: str):
+    def no_serializer(*_args: Any) -> None:
+        raise ValueError("no such thing here")
+
+    def full(*_args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "serialize":
+        monkeypatch.setattr(program_store.serialize_executable, "serialize", no_serializer)
+    if what == "replace":
+        monkeypatch.setattr(program_store.os, "replace", full)
+    store = _compile_into(tmp_path)
+    assert store is not None
+    if what == "gone":
+        _entry(tmp_path).unlink()
+    with pytest.raises(UserError, match=f"1 of 1 programs are not stored in .*\n  scale: {why}"):
+        store.check_kept()
 
 
 def _clear_cache_of_jax(directory: Path) -> None:
