@@ -55,7 +55,7 @@ def plan(model: str, topology: str, tensor: int) -> PlanResult:
 
 def row(model: str, result: PlanResult) -> str:
     start = f"| {model} | {result.topology} | {result.tensor_parallel_size} "
-    if result.memory is None:
+    if not result.fits:
         fits = next((item.flags for item in result.alternatives), "nothing that was tried")
         return f"{start}| does not fit; would: `{fits}` |" + " |" * 7
     memory = result.memory

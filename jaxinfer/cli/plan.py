@@ -4,6 +4,8 @@ Knows flags and where the answer is printed; the planner does the work in a chil
 """
 
 import argparse
+import math
+import sys
 from collections.abc import Sequence
 
 import msgspec
@@ -11,20 +13,23 @@ import msgspec
 from jaxinfer.cli.parser import Parser
 from jaxinfer.config.load import add_flags, config_from_args
 from jaxinfer.config.schema import EngineConfig
-from jaxinfer.errors import ConfigError
+from jaxinfer.errors import ConfigError, UserError
 from jaxinfer.logging import configure_logging
 from jaxinfer.planner import launch
-from jaxinfer.planner.messages import PlanRequest
+from jaxinfer.planner.messages import PlanRequest, PlanResult
 from jaxinfer.planner.report import describe
 from jaxinfer.planner.sources import find_config
 from jaxinfer.planner.topologies import SUGGESTED, parse_topology
+
+_DOES_NOT_FIT, _DIED = 1, 3  # exit codes
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="jaxinfer plan",
         description="Plans for a machine that is not here; needs the model's config.json only. "
-        "Exit code 0: it fits, 1: it does not.",
+        "Exit code 0: it fits, 1: it does not, 2: something that was given is wrong, 3: the "
+        "compiler's process died.",
     )
     parser.add_argument(
         "--topology", required=True, metavar="NAME", help=f"one of {', '.join(SUGGESTED)}, ..."
@@ -56,13 +61,31 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} must be at least 1, got {getattr(args, name)}.")
-    if args.price_per_hour is not None and args.price_per_hour <= 0:
-        raise ConfigError(f"--price-per-hour must be above 0, got {args.price_per_hour}.")
+    price = args.price_per_hour
+    if price is not None and not 0 < price < math.inf:  # nan is neither
+        raise ConfigError(f"--price-per-hour must be a number above 0, got {price}.")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Prints the plan; 0 when the model fits, else 1."""
+    """Prints the plan; the exit codes are those that --help lists."""
     args = _parser().parse(argv)
+    try:
+        result = _ask(args)
+    except ConfigError:
+        raise
+    except UserError as error:  # a model or a file: bad input too, and 1 is taken for a "no"
+        raise ConfigError(str(error)) from error
+    except launch.PlannerDiedError as error:
+        print(f"jaxinfer plan: error: {error}", file=sys.stderr)
+        return _DIED
+    if args.json:
+        print(msgspec.json.format(msgspec.json.encode(result)).decode())
+    else:
+        print(describe(result))
+    return 0 if result.fits else _DOES_NOT_FIT
+
+
+def _ask(args: argparse.Namespace) -> PlanResult:
     engine = config_from_args(args, EngineConfig)
     _check(args)
     target = parse_topology(args.topology)
@@ -77,9 +100,4 @@ def run(argv: Sequence[str]) -> int:
         input_len=args.input_len,
         output_len=args.output_len,
     )
-    result = launch.plan(request, log_level=args.log_level)
-    if args.json:
-        print(msgspec.json.format(msgspec.json.encode(result)).decode())
-    else:
-        print(describe(result))
-    return 0 if result.fits else 1
+    return launch.plan(request, log_level=args.log_level)

@@ -3,7 +3,7 @@
 Only names candidates, those that change least first; whoever asks checks each. Imports no JAX.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from jaxinfer.config.schema import EngineConfig
@@ -23,31 +23,71 @@ class Option:
     target: Target
 
 
+Change = Callable[[EngineConfig, Target], Iterator[Option]]
+
+
 def options(config: EngineConfig, target: Target) -> Iterator[Option]:
     """Smaller types, more devices of the machine, shorter contexts, larger machines."""
-    yield from _smaller_types(config, target)
-    tensor = config.parallel.tensor_parallel_size
-    for size in _powers(2 * tensor, target.num_devices):
-        yield _with_tensor(config, target, size)
-    yield from _small_steps(config, target)
-    yield from _shorter(config, target)
-    for larger in family(target):
-        if larger.num_devices > target.num_devices:
-            option = _with_tensor(config, larger, larger.num_devices)
-            yield replace(option, kind="machine", flags=f"--topology {larger.name} {option.flags}")
+    for change in (_smaller_types, _more_devices, _small_steps, _shorter, _larger_machines):
+        yield from change(config, target)
+
+
+def combined_options(config: EngineConfig, target: Target) -> Iterator[Option]:
+    """Two changes at once, for what no single one makes fit. Devices that are there cost nothing:
+    most of them first."""
+    pairs: tuple[tuple[Change, Change], ...] = (
+        (_all_devices_first, _smaller_types),
+        (_all_devices_first, _shorter),
+        (_smaller_types, _shorter),
+        (_larger_machines, _smaller_types),
+        (_larger_machines, _shorter),
+    )
+    for first_change, second_change in pairs:
+        for first in first_change(config, target):
+            for second in second_change(first.config, first.target):
+                yield replace(
+                    second,
+                    kind=f"{first.kind} and {second.kind}",
+                    flags=f"{first.flags} {second.flags}",
+                )
 
 
 def sweep_options(config: EngineConfig, target: Target) -> Iterator[Option]:
     """Each size of tensor parallelism that divides the machine; the rest are replicas."""
-    for size in range(1, target.num_devices + 1):
-        if target.num_devices % size == 0:
+    for size in _divisors(target.num_devices):
+        yield _with_tensor(config, target, size)
+
+
+def with_utilization(config: EngineConfig, target: Target, utilization: float) -> Option:
+    """A smaller part of the memory for what the engine plans with."""
+    cache = replace(config.cache, gpu_memory_utilization=utilization)
+    return Option(
+        kind="utilization",
+        flags=f"--gpu-memory-utilization {utilization:.2f}",
+        config=replace(config, cache=cache),
+        target=target,
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _more_devices(config: EngineConfig, target: Target) -> Iterator[Option]:
+    for size in _divisors(target.num_devices):
+        if size > config.parallel.tensor_parallel_size:
             yield _with_tensor(config, target, size)
 
 
-def _powers(first: int, last: int) -> Iterator[int]:
-    while first <= last:
-        yield first
-        first *= 2
+def _all_devices_first(config: EngineConfig, target: Target) -> Iterator[Option]:
+    yield from reversed(list(_more_devices(config, target)))
+
+
+def _larger_machines(config: EngineConfig, target: Target) -> Iterator[Option]:
+    for larger in family(target):
+        if larger.num_devices > target.num_devices:
+            option = _with_tensor(config, larger, larger.num_devices)
+            yield replace(option, kind="machine", flags=f"--topology {larger.name} {option.flags}")
 
 
 def _with_tensor(config: EngineConfig, target: Target, size: int) -> Option:

@@ -33,6 +33,7 @@ from jaxinfer.models.registry import define_model
 from jaxinfer.parallel.mesh import Device, make_mesh
 from jaxinfer.planner.hlo import Collective, collectives_of
 from jaxinfer.planner.topologies import Target
+from jaxinfer.planner.traffic import traffic_of
 from jaxinfer.runner.abstract import AbstractArrays, AbstractModel, abstract_arrays, make_abstract
 from jaxinfer.runner.buckets import Bucket
 from jaxinfer.runner.compiler import CompilerOptions, Program, compiler_options
@@ -40,6 +41,7 @@ from jaxinfer.runner.kernels import choose_engine_kernels, gpu_request, refuse_a
 from jaxinfer.runner.memory import MemoryNeeds, MemoryPlan, plan_memory
 from jaxinfer.runner.programs import step_program
 from jaxinfer.runner.sizing import attention_shape, make_limits, memory_needs_on, resolve_for
+from jaxinfer.runner.step_fn import DeviceState, StepModel, prepare_inputs
 from pallas_kernels.devices import TPUS
 from pallas_kernels.dispatch import KernelSet, choose_kernels
 from pallas_kernels.paged_attention.gpu_choice import GpuSpec
@@ -81,8 +83,8 @@ class ProgramFacts:
     alias_bytes: int  # of the outputs, what takes the place of inputs
     temp_bytes: int
     code_bytes: int
-    bytes_accessed: float  # XLA's cost analysis; a kernel counts as its own estimate says
-    flops: float  # both are 0 where they are not known: CUDA's compiler says neither
+    moved_bytes: int  # see traffic.py; without pages
+    flops: float  # 0 where it is not known: CUDA's compiler does not say
     collectives: tuple[Collective, ...]
     trace_s: float
     compile_s: float
@@ -179,19 +181,51 @@ def _kernels(
 
 
 def compile_step(
-    engine: TargetEngine, bucket: Bucket, *, options: CompilerOptions = NO_OPTIONS
+    engine: TargetEngine,
+    bucket: Bucket,
+    *,
+    options: CompilerOptions = NO_OPTIONS,
+    layers_only: bool = False,
 ) -> CompiledStep:
     """Compiles the step of a bucket for the engine's devices.
 
-    `options` are XLA's, besides those that the engine gives.
+    `options` are XLA's, besides those that the engine gives. `layers_only` ends the program at the
+    hidden states: all that depends on how many layers there are, without output head and sampler,
+    which take a compiler most of its time.
     """
-    program = step_program(
-        engine.model.step_model(engine.limits), bucket, engine.arrays, engine.limits
-    )
+    model = engine.model.step_model(engine.limits)
+    program = step_program(model, bucket, engine.arrays, engine.limits)
+    if layers_only:
+        program = _layers_of(model, bucket, program)
     compiled, trace_s, compile_s = _compile(engine, program, options)
     text = compiled.as_text() or ""
-    facts = read_facts(compiled, text, trace_s=trace_s, compile_s=compile_s)
+    moved_bytes = traffic_of(text, pages=page_shape(engine)).num_bytes
+    facts = read_facts(
+        compiled, text, moved_bytes=moved_bytes, trace_s=trace_s, compile_s=compile_s
+    )
     return CompiledStep(bucket, facts, text, compiled)
+
+
+def _layers_of(model: StepModel, bucket: Bucket, step: Program) -> Program:
+    """The step's beginning, with its arguments; those that nothing reads are dropped."""
+
+    def layers(
+        weights: tuple[jax.Array, ...],
+        pages_L: tuple[jax.Array, ...],
+        state: DeviceState,
+        words: jax.Array,
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        prepared = prepare_inputs(model, bucket, state, words)
+        return model.bind(weights)(prepared.token_ids_T, pages_L, prepared.batch)
+
+    return Program(function=layers, args=step.args, donate=(1,))
+
+
+def page_shape(engine: TargetEngine) -> tuple[int, ...]:
+    """Of a layer's pages on one device."""
+    pages = engine.arrays.pages_L[0]
+    assert pages.sharding is not None
+    return pages.sharding.shard_shape(pages.shape)
 
 
 def _compile(
@@ -209,7 +243,9 @@ def _compile(
     return compiled, traced_s - start_s, time.perf_counter() - traced_s
 
 
-def read_facts(compiled: Compiled, text: str, *, trace_s: float, compile_s: float) -> ProgramFacts:
+def read_facts(
+    compiled: Compiled, text: str, *, moved_bytes: int, trace_s: float, compile_s: float
+) -> ProgramFacts:
     """What XLA knows of a program; `text` is its `as_text()`."""
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
     assert memory is not None, "all compilers of targets have it"
@@ -220,7 +256,7 @@ def read_facts(compiled: Compiled, text: str, *, trace_s: float, compile_s: floa
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        bytes_accessed=costs.get("bytes accessed", 0.0),
+        moved_bytes=moved_bytes,
         flops=costs.get("flops", 0.0),
         collectives=collectives_of(text),
         trace_s=trace_s,

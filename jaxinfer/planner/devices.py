@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jaxinfer.errors import ConfigError, UserError
 from jaxinfer.parallel.mesh import Device
 from jaxinfer.planner.chips import Chip
-from jaxinfer.planner.topologies import SUGGESTED, Target, parse_topology
+from jaxinfer.planner.topologies import Target, family
 
 _LOADING = threading.Lock()  # JAX loads a plugin at its first use, and not from two threads
 
@@ -38,11 +38,9 @@ def target_devices(target: Target) -> tuple[Device, ...]:
 
 def prepare_stand_ins(target: Target) -> None:
     """Makes virtual CPU devices, at the start of a process; as many as alternatives may want."""
-    if target.chip.platform != "cpu":
-        count = max(target.num_devices, *(parse_topology(n).num_devices for n in SUGGESTED))
+    count = max(target.num_devices, *(other.num_devices for other in family(target)))
+    if count > 1:
         jax.config.update("jax_num_cpu_devices", count)
-    elif target.num_devices > 1:
-        jax.config.update("jax_num_cpu_devices", target.num_devices)
 
 
 def stand_ins(num_devices: int) -> tuple[Device, ...]:

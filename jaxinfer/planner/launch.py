@@ -31,8 +31,12 @@ COMPILER_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 AnswerT = TypeVar("AnswerT")
 
 
+class PlannerDiedError(JaxInferError):
+    """The child process ended without an answer: a compiler crashed, or memory ran out."""
+
+
 def plan(request: PlanRequest, *, log_level: str) -> PlanResult:
-    """Raises the UserError that the child met, and JaxInferError when it died."""
+    """Raises the UserError that the child met, and PlannerDiedError when it died."""
     return _ask(request, PlanResult, log_level)
 
 
@@ -42,11 +46,7 @@ def build(request: BuildRequest, *, log_level: str) -> BuildResult:
 
 
 def _ask(request: PlanRequest | BuildRequest, answer: type[AnswerT], log_level: str) -> AnswerT:
-    kind = type(request).__name__
-    code = (
-        f"import sys; sys.path[:] = {sys.path!r}; "
-        f"from jaxinfer.planner.process import main; sys.exit(main({kind!r}, {log_level!r}))"
-    )
+    code = _code_of_child(type(request).__name__, log_level)
     result = subprocess.run(
         [sys.executable, "-P", "-c", code],
         input=msgspec.json.encode(request),
@@ -57,7 +57,7 @@ def _ask(request: PlanRequest | BuildRequest, answer: type[AnswerT], log_level: 
     lines = result.stdout.splitlines()
     if result.returncode != 0 or not lines:
         how = f"signal {-result.returncode}" if result.returncode < 0 else result.returncode
-        raise JaxInferError(
+        raise PlannerDiedError(
             f"the planner's process ended early ({how}); its log above says why. "
             "If memory ran out: --no-compile gives the arithmetic without a compiler."
         )
@@ -65,6 +65,13 @@ def _ask(request: PlanRequest | BuildRequest, answer: type[AnswerT], log_level: 
     if isinstance(decoded, Failure):
         raise _error(decoded)
     return decoded
+
+
+def _code_of_child(kind: str, log_level: str) -> str:
+    return (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        f"from jaxinfer.planner.process import main; sys.exit(main({kind!r}, {log_level!r}))"
+    )
 
 
 def _error(failure: Failure) -> JaxInferError:

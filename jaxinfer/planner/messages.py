@@ -79,8 +79,8 @@ class ProgramRow(msgspec.Struct, frozen=True, kw_only=True):
     code_bytes: int
     argument_bytes: int
     alias_bytes: int
-    bytes_accessed: float
-    flops: float
+    moved_bytes: int  # without pages and what stays on the chip (traffic.py); 0: not known
+    flops: float  # 0: not known
     collectives: list[CollectiveRow]
     trace_s: float
     compile_s: float
@@ -138,13 +138,16 @@ class PlanResult(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     kernels: list[str]
     fits: bool
     why_not: str
-    memory: MemoryTable | None
+    memory: MemoryTable  # also where it does not fit
     code_bytes: int | None  # all programs together, estimated from those compiled
+    padding_bytes: int | None  # what the compiler adds to weights, state and pages
+    needed_bytes: int | None  # with XLA's temporaries, code and padding; None: not compiled
     concurrency: list[Concurrency]
     programs: list[ProgramRow]
     decode: list[DecodeRow]
     prefill: list[PrefillRow]
-    alternatives: list[Alternative]
+    layouts: list[Alternative]  # of a sweep, the best first
+    alternatives: list[Alternative]  # what would fit, where this does not
     assumptions: list[str]
     notes: list[str]
     wall_s: float

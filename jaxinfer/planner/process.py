@@ -4,6 +4,7 @@ Started by launch.py with the environment that compilers of absent devices want.
 that is written goes to stderr, so that the answer stands alone on stdout.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import msgspec
 
 from jaxinfer.errors import CapacityError, UserError
-from jaxinfer.logging import configure_logging
+from jaxinfer.logging import configure_logging, get_logger
 from jaxinfer.planner.build import build_cache
 from jaxinfer.planner.devices import prepare_stand_ins
 from jaxinfer.planner.messages import BuildRequest, Failure, PlanRequest
@@ -30,6 +31,8 @@ def main(kind: str, log_level: str) -> int:
     answer_fd = os.dup(1)
     os.dup2(2, 1)  # compilers print
     configure_logging(log_level, process="planner")
+    if log_level == "warning":  # the usual one of `plan`: it compiles for a minute, and says so
+        get_logger("jaxinfer.planner").setLevel(logging.INFO)
     request_type, function = _KINDS[kind]
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=request_type)
     try:

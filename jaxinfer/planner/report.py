@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from jaxinfer.planner.messages import PlanResult, ProgramRow
+from jaxinfer.planner.messages import Alternative, PlanResult, ProgramRow
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -24,7 +24,8 @@ def _lines(result: PlanResult) -> Iterator[str]:
     yield from (f"  kernel {reason}" for reason in result.kernels)
     if result.why_not:
         yield from ("", result.why_not)
-    for section in (_memory, _concurrency, _programs, _decode, _prefill, _alternatives):
+    sections = (_memory, _concurrency, _programs, _decode, _prefill, _layouts, _alternatives)
+    for section in sections:
         lines = list(section(result))
         if lines:
             yield from ("", *lines)
@@ -36,8 +37,8 @@ def _lines(result: PlanResult) -> Iterator[str]:
 
 def _memory(result: PlanResult) -> Iterator[str]:
     memory = result.memory
-    if memory is None:
-        return
+    if not result.fits:
+        return  # the table stands in `why_not`
     source = "kept for temporaries"
     if result.programs:
         needed = max(row.temp_bytes for row in result.programs)
@@ -55,8 +56,12 @@ def _memory(result: PlanResult) -> Iterator[str]:
         ("total", memory.total_bytes, f"of {_size(memory.usable_bytes)} usable"),
     ]
     if result.code_bytes is not None:
-        left = memory.device_bytes - memory.total_bytes
-        rows.append(("code", result.code_bytes, f"of all programs; {_size(left)} is left for it"))
+        rows.append(("code", result.code_bytes, "of all programs"))
+    if result.padding_bytes is not None and result.padding_bytes >= _MIB:
+        rows.append(("padding", result.padding_bytes, "of arrays, by the compiler"))
+    if result.needed_bytes is not None:
+        of_device = f"of {_size(memory.device_bytes)}, with what XLA needs for the largest step"
+        rows.append(("all of it", result.needed_bytes, of_device))
     yield "Memory of each device:"
     yield from _table([(name, _size(size), note) for name, size, note in rows])
 
@@ -73,7 +78,7 @@ def _programs(result: PlanResult) -> Iterator[str]:
     if not result.programs:
         return
     yield "Largest steps, compiled:"
-    header = ("step", "temp", "code", "memory traffic", "GFLOP", "collectives", "compiled in")
+    header = ("step", "temp", "code", "moved, no pages", "GFLOP", "collectives", "compiled in")
     yield from _table(
         [
             header,
@@ -82,7 +87,7 @@ def _programs(result: PlanResult) -> Iterator[str]:
                     row.name,
                     _size(row.temp_bytes),
                     _size(row.code_bytes),
-                    _size(int(row.bytes_accessed)) if row.bytes_accessed else "not said",
+                    _size(row.moved_bytes) if row.moved_bytes else "not said",
                     f"{row.flops / 1e9:.0f}" if row.flops else "not said",
                     _collectives(row),
                     f"{row.trace_s + row.compile_s:.0f} s",
@@ -149,14 +154,24 @@ def _price(price: float | None) -> list[str]:
     return [] if price is None else [f"{price:.3f}"]
 
 
+def _layouts(result: PlanResult) -> Iterator[str]:
+    if result.layouts:
+        fits = any(item.fits for item in result.layouts)
+        yield "Layouts, the best first:" if fits else "Layouts, of which none fits:"
+        yield from _settings(result.layouts)
+
+
 def _alternatives(result: PlanResult) -> Iterator[str]:
-    if not result.alternatives:
-        if not result.fits:
-            yield "Nothing that was tried instead fits."
-        return
-    yield "Layouts, the best first:" if result.fits else "What would fit:"
+    if result.alternatives:
+        yield "What would fit:"
+        yield from _settings(result.alternatives)
+    elif not result.fits:
+        yield "Nothing that was tried instead fits."
+
+
+def _settings(items: Sequence[Alternative]) -> Iterator[str]:
     rows = []
-    for item in result.alternatives:
+    for item in items:
         rate = "" if item.output_tokens_per_s is None else f"{item.output_tokens_per_s:.0f} tok/s"
         servers = f"{item.replicas} server(s)"
         checked = "compiled" if item.compiled else "by arithmetic"

@@ -1,11 +1,13 @@
 """Compiles the two largest steps of an engine for its machine, and sums up what XLA says of them.
 
 Layers of equal shape cost XLA as much each, and a step of many takes minutes to compile. So of a
-model of more than a few such layers the decode step is compiled with one and with two, the step
-with prompts with two, and each figure is continued by what the second layer added: to the latter
-in proportion to its tokens, save FLOPs and bytes, which are not (prompts attend otherwise) and are
-left out. tests/planner/test_steps.py compares that with whole compilations. A TPU's compiler is
-told to hurry (`_HURRY`), which costs it some temporaries: the plan errs to the safe side.
+model of more than a few such layers both steps are compiled with two, and continued by what the
+second of two layers adds to a decode step that ends where its layers do, which compiles in a
+quarter of the time: no output head, no sampler. To the step with prompts it adds that in proportion
+to its tokens, save FLOPs and bytes moved, which are not (prompts attend otherwise, weights are read
+once) and are left out. tests/planner/test_steps.py compares that with whole compilations. A TPU's
+compiler is told to hurry (`_HURRY`), which costs it some temporaries: the plan errs to the safe
+side.
 """
 
 from collections import Counter
@@ -15,8 +17,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from jaxinfer.logging import get_logger
 from jaxinfer.parallel.mesh import Device
 from jaxinfer.planner.compile import (
+    NO_OPTIONS,
     ProgramFacts,
     TargetEngine,
     compile_step,
@@ -29,7 +33,9 @@ from jaxinfer.runner.buckets import Bucket
 from jaxinfer.runner.compiler import CompilerOptions
 from jaxinfer.runner.programs import engine_buckets
 
-FEW_LAYERS = (1, 2)
+logger = get_logger(__name__)
+
+_FEW_LAYERS = 2
 _WORTH_IT = 6  # layers from which on compiling few of them is quicker
 _HURRY: CompilerOptions = MappingProxyType({"exec_time_optimization_effort": -1.0})
 
@@ -37,7 +43,7 @@ _HURRY: CompilerOptions = MappingProxyType({"exec_time_optimization_effort": -1.
 class _Task(NamedTuple):
     bucket: Bucket
     engine: TargetEngine
-    num_layers: int
+    layers_only: bool = False
 
 
 def largest_steps(engine: TargetEngine) -> tuple[Bucket, Bucket]:
@@ -59,32 +65,41 @@ def compile_rows(
 ) -> list[ProgramRow]:
     """Both largest steps, compiled side by side."""
     num_layers = engine.model.definition.shape.num_layers
-    counts: tuple[int, ...] = (num_layers,)
-    if not all_layers and num_layers >= _WORTH_IT and layers_are_equal(config_json):
-        counts = FEW_LAYERS
-    engines = {
-        count: engine if count == num_layers else with_layers(config_json, engine, devices, count)
-        for count in counts
-    }
+    is_worth_it = num_layers >= _WORTH_IT and layers_are_equal(config_json)
     decode, mixed = largest_steps(engine)
-    most = max(counts)
-    tasks = [_Task(mixed, engines[most], most)]  # the longest first
-    tasks += [_Task(decode, engines[count], count) for count in sorted(counts)]
-    options = _HURRY if engine.target.chip.platform == "tpu" else {}
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="compile") as pool:
-
-        def compile_one(task: _Task) -> ProgramFacts:
-            return compile_step(task.engine, task.bucket, options=options).facts
-
-        of_mixed, *of_decode = pool.map(compile_one, tasks)
-    if most == num_layers:
-        return [_row(decode, of_decode[0], most), _row(mixed, of_mixed, most)]
-    one, two = of_decode
+    if all_layers or not is_worth_it:
+        tasks = [_Task(mixed, engine), _Task(decode, engine)]
+        of_mixed, of_decode = _compile_all(tasks, num_workers)
+        return [_row(decode, of_decode, num_layers), _row(mixed, of_mixed, num_layers)]
+    one, two = (with_layers(config_json, engine, devices, count) for count in (1, _FEW_LAYERS))
+    tasks = [_Task(mixed, two), _Task(decode, two)]  # the longest first
+    tasks += [_Task(decode, few, layers_only=True) for few in (one, two)]
+    of_mixed, of_decode, of_one, of_two = _compile_all(tasks, num_workers)
     ratio = mixed.num_tokens / decode.num_tokens
+    more = num_layers - _FEW_LAYERS
     return [
-        _row(decode, continued(two, one, two, num_layers=num_layers, ratio=1), most),
-        _row(mixed, continued(of_mixed, one, two, num_layers=num_layers, ratio=ratio), most),
+        _row(decode, continued(of_decode, of_one, of_two, more=more, ratio=1), _FEW_LAYERS),
+        _row(mixed, continued(of_mixed, of_one, of_two, more=more, ratio=ratio), _FEW_LAYERS),
     ]
+
+
+def _compile_all(tasks: Sequence[_Task], num_workers: int) -> list[ProgramFacts]:
+    def compile_one(task: _Task) -> ProgramFacts:
+        is_tpu = task.engine.target.chip.platform == "tpu"
+        options = _HURRY if is_tpu else NO_OPTIONS
+        step = compile_step(task.engine, task.bucket, options=options, layers_only=task.layers_only)
+        num_layers = task.engine.model.definition.shape.num_layers
+        logger.info(
+            "compiled %s, %s %d layer(s), in %.0f s",
+            task.bucket,
+            "nothing but" if task.layers_only else "all of it with",
+            num_layers,
+            step.facts.trace_s + step.facts.compile_s,
+        )
+        return step.facts
+
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="compile") as pool:
+        return list(pool.map(compile_one, tasks))
 
 
 def layers_are_equal(config_json: Mapping[str, Any]) -> bool:
@@ -113,13 +128,13 @@ def with_layers(
 
 
 def continued(
-    facts: ProgramFacts, one: ProgramFacts, two: ProgramFacts, *, num_layers: int, ratio: float
+    facts: ProgramFacts, one: ProgramFacts, two: ProgramFacts, *, more: int, ratio: float
 ) -> ProgramFacts:
-    """Facts of `num_layers` layers from those of two, and what the second layer adds to a step.
+    """Facts of a step with `more` layers, each of which adds what `two` is more than `one`.
 
-    `one` and `two` are of a step that has `ratio` times fewer tokens than that of `facts`.
+    Those are of one and two layers in a step that has `ratio` times fewer tokens.
     """
-    more, is_same_step = num_layers - 2, ratio == 1
+    is_same_step = ratio == 1
 
     def grow(value: int, first: int, second: int, times: float = 1) -> int:
         return value + more * round(max(second - first, 0) * times)
@@ -131,9 +146,9 @@ def continued(
         alias_bytes=grow(facts.alias_bytes, one.alias_bytes, two.alias_bytes),
         temp_bytes=grow(facts.temp_bytes, one.temp_bytes, two.temp_bytes, ratio),
         code_bytes=grow(facts.code_bytes, one.code_bytes, two.code_bytes),
-        bytes_accessed=facts.bytes_accessed + more * (two.bytes_accessed - one.bytes_accessed)
+        moved_bytes=grow(facts.moved_bytes, one.moved_bytes, two.moved_bytes)
         if is_same_step
-        else 0.0,
+        else 0,
         flops=facts.flops + more * (two.flops - one.flops) if is_same_step else 0.0,
         collectives=facts.collectives + _of_a_layer(one, two, ratio) * more,
         trace_s=facts.trace_s,
@@ -157,7 +172,7 @@ def _row(bucket: Bucket, facts: ProgramFacts, num_compiled: int) -> ProgramRow:
         code_bytes=facts.code_bytes,
         argument_bytes=facts.argument_bytes,
         alias_bytes=facts.alias_bytes,
-        bytes_accessed=facts.bytes_accessed,
+        moved_bytes=facts.moved_bytes,
         flops=facts.flops,
         collectives=_grouped(facts.collectives),
         trace_s=facts.trace_s,

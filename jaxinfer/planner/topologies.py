@@ -6,7 +6,9 @@ JAX compiles for.
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.planner.chips import CHIPS, Chip, cpu_chip
@@ -25,7 +27,18 @@ SUGGESTED = (
     *("a100-80g", "a100-80gx8", "h100", "h100x8", "h200", "h200x8", "b200", "b200x8"),
     "cpu",
 )
-"""Usual ones, for messages and alternatives; larger grids and other counts go as well."""
+"""Usual ones, for messages; larger grids and other counts go as well."""
+
+_FLAT_SLICES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8")
+_FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "v5e": _FLAT_SLICES,
+        "v6e": _FLAT_SLICES,
+        "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
+        "tpu7x": ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4"),
+    }
+)
+_GPUS_OF_A_HOST = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +111,12 @@ def _known() -> str:
 
 
 def family(target: Target) -> tuple[Target, ...]:
-    """The usual machines of the same chip, small to large."""
-    same = (parse_topology(name) for name in SUGGESTED)
-    return tuple(
-        sorted(
-            (other for other in same if other.chip.name == target.chip.name),
-            key=lambda other: other.num_devices,
-        )
-    )
+    """The usual machines of the same chip, small to large; a CPU has none but itself."""
+    chip = target.chip.name
+    if target.chip.platform == "cpu":
+        return (target,)
+    if target.chip.platform == "gpu":
+        names = [chip if count == 1 else f"{chip}x{count}" for count in _GPUS_OF_A_HOST]
+    else:
+        names = [f"{chip}:{grid}" for grid in _FAMILIES[chip]]
+    return tuple(parse_topology(name) for name in names)

@@ -4,9 +4,11 @@ Knows where parameters stand in a model's tree; compiles nothing.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 from jaxinfer.planner.compile import Layout
-from jaxinfer.planner.messages import CollectiveRow, DecodeRow, PrefillRow
+from jaxinfer.planner.messages import DecodeRow, PrefillRow, ProgramRow
 from jaxinfer.planner.roofline import (
     Rates,
     Work,
@@ -34,8 +36,23 @@ def rates_of(target: Target, *, tensor: int) -> Rates | None:
     )
 
 
-def work_of(layout: Layout) -> Work:
-    """With the collectives that a layer's layout asks for: two sums, and one of the embedding."""
+def work_of(layout: Layout, programs: Sequence[ProgramRow] = ()) -> Work:
+    """With the collectives of the first program, a decode step, as the compiler made them.
+
+    Without programs with those that a layer's layout asks for: two sums, and the embedding's.
+    """
+    work = _work_of_shapes(layout)
+    if not programs:
+        return work
+    always = [row for row in programs[0].collectives if row.always]
+    return replace(
+        work,
+        num_collectives=sum(row.count for row in always),
+        collective_bytes_per_token=sum(row.num_bytes for row in always) / programs[0].num_tokens,
+    )
+
+
+def _work_of_shapes(layout: Layout) -> Work:
     model, tensor = layout.model, layout.config.parallel.tensor_parallel_size
     shape = model.definition.shape
     num_layer, num_head, num_embedding = 0, 0, 0  # elements of matrices, of one device
@@ -65,20 +82,6 @@ def work_of(layout: Layout) -> Work:
         * shape.num_layers,
         num_collectives=num_sums,
         collective_bytes_per_token=float(num_sums * width * itemsize),
-    )
-
-
-def with_collectives(work: Work, rows: list[CollectiveRow], *, num_tokens: int) -> Work:
-    """The work with what the compiler really made of the collectives of a step of `num_tokens`."""
-    always = [row for row in rows if row.always]
-    return Work(
-        weight_bytes=work.weight_bytes,
-        kv_bytes_per_token=work.kv_bytes_per_token,
-        flops_per_token=work.flops_per_token,
-        flops_per_row=work.flops_per_row,
-        flops_per_pair=work.flops_per_pair,
-        num_collectives=sum(row.count for row in always),
-        collective_bytes_per_token=sum(row.num_bytes for row in always) / num_tokens,
     )
 
 

@@ -73,41 +73,64 @@ StepFunction = Callable[
 """(weights, pages of each layer, state, words) -> (pages, state, result)."""
 
 
+class ModelInputs(NamedTuple):
+    """A step's words, made ready for the model."""
+
+    inputs: StepInputs
+    places: TokenPlaces
+    page_table_RM: Array
+    token_ids_T: Array
+    batch: StepBatch
+
+
+def prepare_inputs(
+    model: StepModel, bucket: Bucket, state: DeviceState, words: Array
+) -> ModelInputs:
+    """All that a step does before its model runs."""
+    inputs = unpack_step(words, bucket, model.page_size)
+    page_table_RM = state.page_table_RM.at[inputs.page_slots_U, inputs.page_columns_U].set(
+        inputs.page_ids_U, mode="drop"
+    )
+    layout = StepLayout(
+        slots_S=inputs.slots_S,
+        starts_S=inputs.starts_S,
+        query_starts_S1=inputs.query_starts_S1,
+        num_seqs=inputs.num_seqs,
+        num_decodes=inputs.num_decodes,
+        page_table_RM=page_table_RM,
+    )
+    places = locate_tokens(
+        layout,
+        num_tokens=bucket.num_tokens,
+        num_pages=model.num_pages,
+        page_size=model.page_size,
+    )
+    last_token_T = state.sampler.recent[inputs.slots_S[places.seq_T], -1]
+    token_ids_T = jnp.where(inputs.token_ids_T == PENDING_TOKEN, last_token_T, inputs.token_ids_T)
+    batch = StepBatch(
+        positions_T=places.position_T,
+        num_tokens=inputs.query_starts_S1[-1],
+        attention=model.kernels.plan_attention(layout, places, decode_only=bucket.decode_only),
+    )
+    return ModelInputs(
+        inputs=inputs,
+        places=places,
+        page_table_RM=page_table_RM,
+        token_ids_T=token_ids_T,
+        batch=batch,
+    )
+
+
 def make_step(model: StepModel, bucket: Bucket) -> StepFunction:
     """The step of one bucket; jit it with pages and state donated."""
 
     def step(
         weights: tuple[Array, ...], pages_L: tuple[Array, ...], state: DeviceState, words: Array
     ) -> tuple[tuple[Array, ...], DeviceState, StepResult]:
-        inputs = unpack_step(words, bucket, model.page_size)
-        page_table_RM = state.page_table_RM.at[inputs.page_slots_U, inputs.page_columns_U].set(
-            inputs.page_ids_U, mode="drop"
+        inputs, places, page_table_RM, token_ids_T, batch = prepare_inputs(
+            model, bucket, state, words
         )
-        layout = StepLayout(
-            slots_S=inputs.slots_S,
-            starts_S=inputs.starts_S,
-            query_starts_S1=inputs.query_starts_S1,
-            num_seqs=inputs.num_seqs,
-            num_decodes=inputs.num_decodes,
-            page_table_RM=page_table_RM,
-        )
-        places = locate_tokens(
-            layout,
-            num_tokens=bucket.num_tokens,
-            num_pages=model.num_pages,
-            page_size=model.page_size,
-        )
-        last_token_T = state.sampler.recent[inputs.slots_S[places.seq_T], -1]
-        token_ids_T = jnp.where(
-            inputs.token_ids_T == PENDING_TOKEN, last_token_T, inputs.token_ids_T
-        )
-        attention = model.kernels.plan_attention(layout, places, decode_only=bucket.decode_only)
         lm = model.bind(weights)
-        batch = StepBatch(
-            positions_T=places.position_T,
-            num_tokens=inputs.query_starts_S1[-1],
-            attention=attention,
-        )
         hidden_TD, pages_L = lm(token_ids_T, pages_L, batch)
         last_S = jnp.maximum(inputs.query_starts_S1[1:] - 1, 0)
         logits_SV = lm.logits(hidden_TD[last_S], num_rows=inputs.num_seqs)

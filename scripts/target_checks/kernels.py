@@ -147,8 +147,14 @@ def _compiled(
         compiled = lowered.compile()
     done_s = time.perf_counter()
     text = compiled.as_text() or ""
-    facts = read_facts(compiled, text, trace_s=traced_s - start_s, compile_s=done_s - traced_s)
     traffic = traffic_of(text, pages=pages)
+    facts = read_facts(
+        compiled,
+        text,
+        moved_bytes=traffic.num_bytes,
+        trace_s=traced_s - start_s,
+        compile_s=done_s - traced_s,
+    )
     problems = []
     if traffic.page_bytes:
         problems.append(f"{traffic.page_bytes / MIB:.0f} MiB of pages moved beside the kernel")

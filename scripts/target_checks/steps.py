@@ -15,6 +15,7 @@ from jaxinfer.planner.compile import (
     compile_step,
     divide_memory,
     lay_out,
+    page_shape,
 )
 from jaxinfer.planner.devices import target_devices
 from jaxinfer.planner.hlo import Collective
@@ -48,7 +49,7 @@ def check_step(case: StepCase) -> Row:
     engine = with_layers(case.config_json, whole, devices, NUM_LAYERS)
     step = compile_step(engine, case.bucket)
     facts = step.facts
-    traffic = traffic_of(step.hlo, pages=_pages(engine))
+    traffic = traffic_of(step.hlo, pages=page_shape(engine))
     always = [item for item in facts.collectives if item.always]
     others = [item for item in facts.collectives if not item.always]
     ideal = ideal_bytes(engine, case.bucket)
@@ -74,12 +75,6 @@ def check_step(case: StepCase) -> Row:
             *collective_problems(engine, case.bucket, always, others),
         ),
     )
-
-
-def _pages(engine: TargetEngine) -> tuple[int, ...]:
-    pages = engine.arrays.pages_L[0]
-    assert pages.sharding is not None
-    return pages.sharding.shard_shape(pages.shape)
 
 
 def ideal_bytes(engine: TargetEngine, bucket: Bucket) -> int:

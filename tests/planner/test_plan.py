@@ -80,7 +80,6 @@ def test_weights_are_those_of_the_model(
 ):
     result = plan(model, "b200", max_model_len=4096)
     layer = width * 128 * (2 * num_heads + 16) + 3 * width * hidden + 2 * width + extra
-    assert result.memory is not None
     assert result.memory.weight_bytes == 2 * (tables * width + LAYERS * layer + width)
 
 
@@ -88,7 +87,6 @@ def test_a_cache_has_what_is_left(plan: Plan):
     result = plan(LLAMA, "h200", max_model_len=131072, max_num_seqs=128)
     memory = result.memory
     assert result.fits
-    assert memory is not None
     assert memory.page_bytes == memory.page_size * LAYERS * 8 * 2 * 128 * 2
     assert memory.usable_bytes == int(int(150_754_820_096 * GPU_MEMORY_FRACTION) * 0.92)
     assert 0 <= memory.usable_bytes - memory.total_bytes < memory.page_bytes
@@ -135,16 +133,43 @@ def test_what_does_not_fit_says_what_would(plan: Plan):
         topology = settings.pop("topology", "h100x2")
         again = plan(LLAMA, topology, gpu_memory_utilization=0.125, **settings)
         assert again.fits, item
-        assert again.memory is not None
         assert again.memory.num_pages == item.num_pages
+
+
+def test_two_changes_where_one_is_not_enough(plan: Plan):
+    """All devices of the machine, and a shorter context or 8-bit pages."""
+    whole = json.loads((CONFIGS / f"{LLAMA}.json").read_text("utf-8"))["max_position_embeddings"]
+    result = plan(
+        LLAMA,
+        "h100x8",
+        gpu_memory_utilization=0.013,
+        max_num_batched_tokens=256,
+        max_num_seqs=8,
+    )
+    assert not result.fits
+    assert result.alternatives
+    for item in result.alternatives:
+        assert item.fits
+        words = item.flags.split()
+        assert words[:2] == ["--tensor-parallel-size", "8"]
+        assert "--max-model-len" in words or "--kv-cache-dtype" in words
+        if "--max-model-len" in words:
+            assert int(words[words.index("--max-model-len") + 1]) < whole
+
+
+def test_requests_longer_than_the_context_are_noted(plan: Plan):
+    assert not any("--input-len" in note for note in plan(LLAMA, "h100").notes)
+    (note,) = [n for n in plan(LLAMA, "h100", max_model_len=1024).notes if "--input-len" in n]
+    assert "1024 + 1024 tokens, which is more than --max-model-len 1024 allows" in note
 
 
 def test_a_sweep_ranks_the_layouts(plan: Plan):
     result = plan("granite-3.3-8b-instruct", "v6e:2x4", sweep=True, max_model_len=8192)
-    assert {item.replicas for item in result.alternatives} == {1, 2, 4, 8}
-    rates = [item.output_tokens_per_s for item in result.alternatives if item.fits]
+    assert result.alternatives == []
+    assert {item.replicas for item in result.layouts} == {1, 2, 4, 8}
+    rates = [item.output_tokens_per_s for item in result.layouts if item.fits]
     assert rates == sorted(rates, reverse=True)  # type: ignore[type-var]
-    best = result.alternatives[0]
+    best = result.layouts[0]
     assert best.flags == f"--tensor-parallel-size {result.tensor_parallel_size}"
 
 

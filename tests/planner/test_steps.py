@@ -23,7 +23,7 @@ ONE = ProgramFacts(
     alias_bytes=400,
     temp_bytes=70,
     code_bytes=30,
-    bytes_accessed=2000.0,
+    moved_bytes=2000,
     flops=300.0,
     collectives=(Collective(kind="all-reduce", num_bytes=8, group_size=2, always=True),),
     trace_s=1.0,
@@ -39,18 +39,21 @@ TWO = replace(
 )
 
 
-def test_layers_are_continued():
-    whole = continued(TWO, ONE, TWO, num_layers=5, ratio=1)
-    assert (whole.num_args, whole.argument_bytes, whole.temp_bytes) == (26, 1400, 74)
-    assert whole.flops == 340.0
-    assert whole.collectives == ONE.collectives * 9
+def test_a_step_grows_by_what_a_layer_adds():
+    """The step itself may be larger in all: only the difference of the others counts."""
+    step = replace(TWO, argument_bytes=5000, temp_bytes=900, moved_bytes=7000)
+    whole = continued(step, ONE, replace(TWO, moved_bytes=2100), more=2, ratio=1)
+    assert (whole.argument_bytes, whole.temp_bytes, whole.moved_bytes) == (5200, 902, 7200)
+    assert whole.num_args == 22
+    assert whole.flops == 330.0
+    assert whole.collectives == ONE.collectives * 7
 
 
 def test_larger_steps_grow_in_proportion():
     mixed = replace(TWO, collectives=())
-    whole = continued(mixed, ONE, TWO, num_layers=3, ratio=4)
+    whole = continued(mixed, ONE, TWO, more=1, ratio=4)
     assert (whole.argument_bytes, whole.temp_bytes) == (1200, 75)
-    assert whole.flops == whole.bytes_accessed == 0
+    assert whole.flops == whole.moved_bytes == 0
     assert [item.num_bytes for item in whole.collectives] == [32, 32]
 
 
@@ -66,7 +69,7 @@ def test_layers_that_differ_are_not_continued():
 def test_it_is_what_compiling_all_layers_says(tmp_path: Path):
     few, all_ = (_rows(tmp_path, all_layers=all_layers) for all_layers in (False, True))
     assert few[0].flops == pytest.approx(all_[0].flops, rel=0.02)
-    assert few[0].bytes_accessed == pytest.approx(all_[0].bytes_accessed, rel=0.02)
+    assert few[0].moved_bytes == pytest.approx(all_[0].moved_bytes, rel=0.02)
     for continued_row, whole in zip(few, all_, strict=True):
         assert continued_row.num_layers_compiled == 2
         assert whole.num_layers_compiled == 8

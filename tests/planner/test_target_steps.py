@@ -68,7 +68,7 @@ def good_step(engine: TargetEngine, decode) -> CompiledStep:
         alias_bytes=engine.memory.kv_bytes,
         temp_bytes=50 * MIB,
         code_bytes=10 * MIB,
-        bytes_accessed=0.0,
+        moved_bytes=0,
         flops=0.0,
         collectives=(),
         trace_s=0.0,

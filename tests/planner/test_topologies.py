@@ -73,4 +73,10 @@ def test_impossible_shapes(name: str, says: str):
 
 def test_a_family_grows():
     names = [target.name for target in family(parse_topology("v6e:2x2"))]
-    assert names == ["v6e:1x1", "v6e:2x2", "v6e:2x4", "v6e:4x4"]
+    assert names == ["v6e:1x1", "v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8"]
+    names = [target.name for target in family(parse_topology("h100x4"))]
+    assert names == ["h100", "h100x2", "h100x4", "h100x8"]
+    assert [target.name for target in family(parse_topology("cpux2"))] == ["cpux2"]
+    for chip in ("v5e:1x1", "v5p:2x2x1", "tpu7x:1x1x1", "b200"):
+        sizes = [target.num_devices for target in family(parse_topology(chip))]
+        assert sizes == sorted(set(sizes))
