@@ -107,8 +107,8 @@ def test_an_output_among_the_inputs(source: str, target: str, tmp_path: Path):
 
 def test_an_output_beside_the_inputs(tmp_path: Path):
     write_requests(tmp_path / "in.jsonl", 3)
-    (tmp_path / "in.txt").write_text("x")
-    for source, target in (("in.jsonl", "out.jsonl"), ("*.txt", "x.parquet"), ("i*", "o")):
+    (tmp_path / "in.parquet").write_text("x")
+    for source, target in (("in.jsonl", "out.jsonl"), ("*.parquet", "x.parquet"), ("i*", "o")):
         job = make_job(tmp_path / source, tmp_path / target, format="text")
         assert check_inputs(job)
 
