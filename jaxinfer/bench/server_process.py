@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 import yaml
 
@@ -33,6 +34,7 @@ class ServerProcess:
     """A context manager: inside of it, the server answers at `base_url`.
 
     What it writes goes to a temporary file, of which the end is shown when it does not start.
+    A SIGTERM to this process ends both in order: as SystemExit(143), where nobody handles it yet.
     Raises EngineDeadError when it ends, or is not ready after `timeout_s`.
     """
 
@@ -61,6 +63,9 @@ class ServerProcess:
 
     def __enter__(self) -> Self:
         start_s = time.perf_counter()
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _exit_at_signal)
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
@@ -115,6 +120,10 @@ class ServerProcess:
             os.killpg(process.pid, signal.SIGKILL)  # its session: workers that it left behind
         process.wait()
         self._log.close()
+
+
+def _exit_at_signal(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _is_ready(url: str) -> bool:

@@ -65,8 +65,8 @@ def measure_all(
             "device": llm.info.device,
             "startup_s": round(startup_s, 1),
         }
-        # Another seed for each run of each workload: the same one begins with the same prompts, which
-        # the prefix cache would know.
+        # Another seed for each run of each workload: the same one begins with the same prompts,
+        # which the prefix cache would know.
         seeds = itertools.count(config.model.seed)
         for workload in workloads:
             walls = [measure(llm, workload, seed=next(seeds)) for _ in range(num_runs)]

@@ -106,7 +106,7 @@ class ProcessClient:
         self._received: deque[CoreMessage] = deque()
         self._news = asyncio.Event()  # something was received, or the end has come
         self._exited = asyncio.Event()
-        self.last_message_time_s = time.monotonic()
+        self._last_message_time_s = time.monotonic()
 
     @property
     def info(self) -> EngineInfo:
@@ -117,6 +117,11 @@ class ProcessClient:
     def pid(self) -> int | None:
         """The core's process id."""
         return None if self._child is None else self._child.pid
+
+    @property
+    def silent_s(self) -> float:
+        """How long the core has said nothing."""
+        return time.monotonic() - self._last_message_time_s
 
     @property
     def is_alive(self) -> bool:
@@ -251,7 +256,7 @@ class ProcessClient:
         messages = self._endpoint.receive()
         if not messages:
             return
-        self.last_message_time_s = time.monotonic()
+        self._last_message_time_s = time.monotonic()
         for message in messages:
             if isinstance(message, Failed):
                 self._failure = message

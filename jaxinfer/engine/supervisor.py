@@ -40,6 +40,7 @@ class SupervisionPolicy:
     """When a core counts as lost, and how often another one is tried."""
 
     stall_timeout_s: float = 120.0  # requests run and no step ends for so long; 0: never
+    silent_start_s: float = 900.0  # a restart that reports no progress for so long has failed
     max_restarts: int = 3  # within `window_s`; one more loss ends the engine. 0: no restart at all
     window_s: float = 600.0
     first_delay_s: float = 1.0  # before the second restart in a window; doubles from there
@@ -74,6 +75,7 @@ class SupervisedClient:
         self._clock = clock
         self._client = make_client()
         self._open: set[str] = set()  # requests that the core owes an answer
+        self._owes_abort = False  # and it answers every abort, so that one left alone is noticed
         self._silent_s = 0.0  # how long it has owed one without ending a step
         self._totals = EngineStats()  # of the cores before this one
         self._shown = EngineStats()
@@ -111,6 +113,7 @@ class SupervisedClient:
     async def abort(self, request_ids: list[str]) -> None:
         self._open.difference_update(request_ids)
         if not self._is_down:
+            self._owes_abort = True
             await self._client.abort(request_ids)
 
     async def reset_prefix_cache(self) -> None:
@@ -155,6 +158,7 @@ class SupervisedClient:
         match message:
             case StepUpdate():
                 self._silent_s = 0.0
+                self._owes_abort = False
                 for news in message.sequences:
                     if news.finish_reason is not None:
                         self._open.discard(news.request_id)
@@ -174,7 +178,7 @@ class SupervisedClient:
         while True:
             before_s = self._clock()
             await asyncio.sleep(tick_s)
-            if self._is_down or not self._open:
+            if self._is_down or not (self._open or self._owes_abort):
                 self._silent_s = 0.0
                 continue
             self._silent_s += min(self._clock() - before_s, 2 * tick_s)
@@ -189,6 +193,7 @@ class SupervisedClient:
         self._is_down = True
         self._on_progress("end the lost engine", 0, 0)
         self._open.clear()
+        self._owes_abort = False
         self._shown = msgspec.structs.replace(
             self._shown, num_running=0, num_waiting=0, kv_usage=0.0
         )
@@ -255,10 +260,16 @@ class SupervisedClient:
         return self._halt.is_set()
 
     async def _start_unless_halted(self) -> None:
+        limit_s = self._policy.silent_start_s
+        reason = f"The engine core has stalled: its start showed no progress for {limit_s:g} s."
         start = asyncio.ensure_future(self._client.start())
         halt = asyncio.ensure_future(self._halt.wait())
+        tick_s = min(_LONGEST_TICK_S, limit_s / 8)
         try:
-            await asyncio.wait({start, halt}, return_when=asyncio.FIRST_COMPLETED)
+            while not (start.done() or halt.done()):
+                await asyncio.wait({start, halt}, timeout=tick_s, return_when="FIRST_COMPLETED")
+                if self._client.silent_s > limit_s:  # `start` raises this
+                    self._client.give_up(reason)
             if not start.done():
                 await self._client.close()  # which ends the start, with an error
             await start

@@ -216,5 +216,6 @@ def build_if_allowed(config: EngineConfig, progress: Progress) -> FakeRunner:
     if Path(config.model.model, "die").exists():
         raise SystemExit(7)
     if Path(config.model.model, "hang").exists():
+        Path(config.model.model, "hanging").touch()
         build_never(config, progress)
     return build_slow(config, progress)

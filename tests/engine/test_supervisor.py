@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from tests.engine.fake_runner import expected_output
 from tests.engine.test_process import LONG, finish, is_running
 
 STALL_S = 2.0  # longer than a busy machine holds up a core that works
+SILENT_START_S = 3.0  # longer than a busy machine takes to start Python
 POLICY = SupervisionPolicy(first_delay_s=0.05)
 EXPECTED = expected_output(list(b"hello"), LONG, 50)
 
@@ -202,15 +203,41 @@ async def test_neither_idle_nor_slow_nor_left_is_stalled(supervise: Supervise) -
         assert await finish(one.engine) == EXPECTED  # a second of steps of 20 ms
         task = asyncio.create_task(finish(one.engine))
         await one.busy()
-        assert one.client.pid is not None
-        os.kill(one.client.pid, signal.SIGSTOP)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         await asyncio.sleep(1.3 * STALL_S)  # what nobody waits for any more
-        os.kill(one.client.pid, signal.SIGCONT)
         assert one.engine.is_ready
         assert await finish(one.engine) == EXPECTED
         assert one.engine.stats.num_restarts_total == 0
+
+
+async def test_impatient_clients_do_not_hide_a_stalled_core(supervise: Supervise) -> None:
+    """Each gives up long before the core counts as stalled, and another one comes."""
+    async with supervise("build_stalling", replace(POLICY, stall_timeout_s=STALL_S)) as one:
+        assert one.client.pid is not None
+        one.pids.append(one.client.pid)
+        start_s = time.monotonic()
+        while one.engine.is_ready:
+            assert time.monotonic() - start_s < 5 * STALL_S, "nobody notices"
+            with suppress(TimeoutError, EngineDeadError):
+                await asyncio.wait_for(finish(one.engine, "~ stall"), STALL_S / 4)
+            await asyncio.sleep(STALL_S / 8)
+        await one.is_back()
+        assert await finish(one.engine) == EXPECTED
+
+
+async def test_a_restart_that_hangs_is_lost_too(supervise: Supervise, model_dir: Path) -> None:
+    policy = replace(POLICY, silent_start_s=SILENT_START_S, max_restarts=5)
+    async with supervise("build_if_allowed", policy) as one:
+        (model_dir / "hang").touch()
+        one.kill()
+        await until((model_dir / "hanging").exists, timeout_s=10)
+        one.pids.append(one.client.pid or 0)
+        (model_dir / "hang").unlink()
+        await until(lambda: one.client.pid not in (None, *one.pids), timeout_s=20)
+        await one.is_back()
+        assert await finish(one.engine) == EXPECTED
+        assert not is_running(one.pids[1])
 
 
 def test_the_delays_double_up_to_a_bound() -> None:
