@@ -24,6 +24,7 @@ from jaxinfer.planner.plan import read_config
 from jaxinfer.planner.topologies import Target, parse_topology
 from jaxinfer.runner.build import build_runner, store_facts
 from jaxinfer.runner.compiler import enable_persistent_cache
+from jaxinfer.runner.memory import with_measured_temp
 from jaxinfer.runner.program_store import check_stored, open_store
 from jaxinfer.runner.programs import compile_programs
 
@@ -87,8 +88,8 @@ def _start_once(config: EngineConfig, target: Target) -> _Built:
 
 
 def _compile_ahead(config_path: Path, config: EngineConfig, target: Target) -> _Built:
-    """With as many pages as a start would make: if XLA needs more than was guessed for the largest
-    step, there are fewer, and all is compiled again."""
+    """With as many pages as a start would make: if XLA needs more for the largest step than they
+    leave, there are fewer, and all is compiled again."""
     config_json = read_config(config_path)
     devices = target_devices(target)
     layout = lay_out(config_json, config, target, devices)
@@ -100,14 +101,15 @@ def _compile_ahead(config_path: Path, config: EngineConfig, target: Target) -> _
         cache = replace(config.cache, num_gpu_blocks_override=num_pages)
         fixed = lay_out(config_json, replace(config, cache=cache), target, devices)
         num_programs, temp_bytes = _compile_fixed(config_json, fixed)
-        if temp_bytes <= layout.needs.temp_bytes:
+        if with_measured_temp(divide_memory(fixed).memory, temp_bytes).fits:
             flags = f"--num-gpu-blocks-override {num_pages}"
             return _Built(num_programs, flags, _UNPROVEN)
         logger.warning(
-            "the largest step needs %d bytes of temporaries, not %d as was guessed: planning and "
-            "compiling again",
+            "the largest step needs %d bytes of temporaries, not %d as was guessed: with fewer "
+            "pages than %d everything is compiled again",
             temp_bytes,
             layout.needs.temp_bytes,
+            num_pages,
         )
         layout = layout._replace(needs=replace(layout.needs, temp_bytes=temp_bytes))
 
@@ -120,7 +122,7 @@ def _compile_fixed(config_json: dict[str, Any], layout: Layout) -> tuple[int, in
     config, model = layout.config, layout.model
     directory = config.compile.compile_cache
     facts = store_facts(config, model.kernels, config_json)
-    store = open_store(directory, tuple(model.mesh.devices.flat), facts)
+    store = open_store(directory, tuple(model.mesh.devices.flat), facts, reads=False)
     check_stored(store, directory)  # that none can be is said at once
     engine = divide_memory(layout)
     with log_phase(logger, "compile") as phase:

@@ -1,7 +1,7 @@
 """Answers a PlanRequest: does the model fit, how much does it hold, how fast could it be.
 
 Arithmetic first (the engine's own memory plan, on shapes), then the compiler for the two largest
-steps, whose figures replace estimates. What would fit instead is alternatives.py's question. Runs
+steps, whose figures replace estimates. What would fit instead is search.py's question. Runs
 in the planner's child process.
 """
 

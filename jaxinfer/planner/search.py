@@ -122,7 +122,7 @@ def _alternative(request: PlanRequest, flags: str, checked: Checked) -> Alternat
     return Alternative(
         flags=flags,
         fits=fits,
-        why_not=checked.why_not.splitlines()[0] if checked.why_not else "",
+        why_not=checked.why_not.partition("\n")[0].rstrip(":"),
         compiled=bool(checked.programs),
         num_pages=checked.memory.num_pages if fits else 0,
         concurrency=checked.cache_tokens / max_len if fits else 0.0,

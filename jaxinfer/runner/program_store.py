@@ -67,10 +67,13 @@ class ProgramStore:
     directory: Path
     origin: str  # digest of what all programs have in common
     devices: tuple[Device, ...]
+    reads: bool = True  # False where the devices are not here: nothing can be loaded for them
     outcomes: dict[str, Outcome] = field(default_factory=dict)  # by a program's name; see `note`
 
     def load(self, identity: str) -> Compiled | None:
         """The program of this name, or None."""
+        if not self.reads:
+            return None
         path = self._path(identity)
         try:
             content = path.read_bytes()
@@ -145,12 +148,13 @@ class ProgramStore:
 
 
 def open_store(
-    directory: str, devices: Sequence[Device], facts: Mapping[str, Any]
+    directory: str, devices: Sequence[Device], facts: Mapping[str, Any], *, reads: bool = True
 ) -> ProgramStore | None:
     """The store in a compile cache directory, which exists; None for "none".
 
     `facts` are what makes an engine's programs others than those of another engine on the same
     devices: the model's configuration and the settings, as values whose `repr` says everything.
+    Without `reads` programs are only written, over those that are there.
     """
     if directory == "none":
         return None
@@ -170,7 +174,7 @@ def open_store(
         )
     note_origin(own, origin, lines)
     _delete_oldest(own)
-    return ProgramStore(directory=own, origin=origin, devices=tuple(devices))
+    return ProgramStore(directory=own, origin=origin, devices=tuple(devices), reads=reads)
 
 
 def check_stored(store: ProgramStore | None, directory: str) -> None:

@@ -20,12 +20,14 @@ from jaxinfer.planner.topologies import parse_topology
 from jaxinfer.runner import program_store
 from jaxinfer.runner.build import build_runner
 from jaxinfer.runner.compiler import Program
+from jaxinfer.runner.program_store import ProgramStore
 from jaxinfer.runner.programs import CompiledPrograms
 from jaxinfer.runner.runner import Programs
 from tests.runner.tiny_llama import TinyLlama
 
 CONFIG = Path(__file__).parent / "configs" / "llama-3.1-8b-instruct.json"
 GIB = 2**30
+AHEAD = engine_config_from_kwargs(model="x", max_model_len=8192)
 SETTINGS = {
     "max_num_seqs": 1,
     "max_num_batched_tokens": 16,
@@ -117,43 +119,49 @@ def test_what_is_not_stored_is_no_success(tmp_path: Path):
     assert "an empty directory has no such cache" in message
 
 
+def _with_temporaries(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, temps: list[int]
+) -> tuple[str, list[int]]:
+    """The flags that a build prints if XLA needs these bytes in turn, and the pages it tried."""
+    pages: list[int] = []
+
+    def compile_programs(
+        config: Any, model: Any, limits: EngineLimits, arrays: Any, store: ProgramStore, *_: Any
+    ) -> Any:
+        assert not store.reads, "a program for a device that is not here cannot be loaded"
+        assert config.cache.num_gpu_blocks_override == limits.num_pages
+        pages.append(limits.num_pages)
+        programs: Any = Programs(steps={}, write_slot=None, write_pages=None)  # type: ignore[arg-type]
+        return CompiledPrograms(programs, temps[len(pages) - 1])
+
+    monkeypatch.setattr(build_module, "compile_programs", compile_programs)
+    monkeypatch.setattr(build_module, "target_devices", lambda t: stand_ins(t.num_devices))
+    request = BuildRequest(
+        config_path=str(CONFIG), engine=AHEAD, topology="h100", directory=str(directory / "cache")
+    )
+    return build_cache(request).serve_flags, pages
+
+
 def test_a_step_larger_than_was_guessed_is_planned_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As a start does: fewer pages, and all programs for them; not an error."""
-    temps, pages = iter([20 * GIB, 19 * GIB]), []
-
-    def compile_programs(config: Any, model: Any, limits: EngineLimits, *_: Any) -> Any:
-        assert config.cache.num_gpu_blocks_override == limits.num_pages
-        pages.append(limits.num_pages)
-        programs: Any = Programs(steps={}, write_slot=None, write_pages=None)  # type: ignore[arg-type]
-        return CompiledPrograms(programs, next(temps))
-
-    monkeypatch.setattr(build_module, "compile_programs", compile_programs)
-    monkeypatch.setattr(build_module, "target_devices", lambda t: stand_ins(t.num_devices))
-    result = build_cache(
-        BuildRequest(
-            config_path=str(CONFIG),
-            engine=engine_config_from_kwargs(model="x", max_model_len=8192),
-            topology="h100",
-            directory=str(tmp_path / "cache"),
-        )
+    flags, (guessed, planned) = _with_temporaries(tmp_path, monkeypatch, [20 * GIB, 19 * GIB])
+    assert f"--num-gpu-blocks-override {planned}" in flags
+    config_json = json.loads(CONFIG.read_text("utf-8"))
+    engine = divide_memory(lay_out(config_json, AHEAD, parse_topology("h100"), stand_ins(1)))
+    assert guessed == engine.limits.num_pages
+    shorter_bytes = (guessed - planned) * engine.memory.page_bytes
+    assert shorter_bytes == pytest.approx(
+        20 * GIB - engine.memory.temp_bytes, abs=engine.memory.page_bytes
     )
-    guessed, planned = pages
-    assert guessed > planned
-    assert f"--num-gpu-blocks-override {planned}" in result.serve_flags
-    page_bytes = 16 * 32 * 2 * 8 * 128 * 2
-    (guess,) = {
-        divide_memory(
-            lay_out(
-                json.loads(CONFIG.read_text("utf-8")),
-                engine_config_from_kwargs(model="x", max_model_len=8192),
-                parse_topology("h100"),
-                stand_ins(1),
-            )
-        ).memory.temp_bytes
-    }
-    assert guessed - planned == pytest.approx((20 * GIB - guess) / page_bytes, abs=1)
+
+
+def test_a_step_that_fits_all_the_same_is_compiled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flags, (pages,) = _with_temporaries(tmp_path, monkeypatch, [1])
+    assert f"--num-gpu-blocks-override {pages}" in flags
 
 
 def test_virtual_devices_are_not_built_for(tmp_path: Path):

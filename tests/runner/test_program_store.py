@@ -80,10 +80,10 @@ def _count(
     return num_compiled
 
 
-def _compile_into(directory: Path) -> program_store.ProgramStore | None:
+def _compile_into(directory: Path, *, reads: bool = True) -> program_store.ProgramStore | None:
     """The store after one program was compiled for it."""
     enable_persistent_cache(str(directory))
-    store = open_store(str(directory), jax.devices()[:1], _FACTS)
+    store = open_store(str(directory), jax.devices()[:1], _FACTS, reads=reads)
     program = Program(
         function=lambda x: x * 3, args=(jax.ShapeDtypeStruct((6,), jnp.float32),), donate=()
     )
@@ -131,6 +131,18 @@ def test_other_sources_and_versions_are_not_taken_for_these(tmp_path, counter, m
             patch.setattr(program_store, name, lambda *_args, value=value: value)
             assert _count(tmp_path, counter) == 1, name
     assert _count(tmp_path, counter) == 0
+
+
+def test_a_store_for_devices_that_are_not_here_reads_nothing(tmp_path, counter):
+    """And takes what is there for no damage."""
+    _compile_into(tmp_path)
+    counter.mark_ready()
+    _compile_into(tmp_path)
+    assert counter.num_after_ready == 0
+    written = _entry(tmp_path).stat().st_mtime_ns
+    _compile_into(tmp_path, reads=False)
+    assert counter.num_after_ready == 1
+    assert _entry(tmp_path).stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
