@@ -18,6 +18,7 @@ from jaxinfer.layers.batch_types import LayerContext
 from jaxinfer.layers.packing import Packing
 from jaxinfer.models.base import ModelDef
 from jaxinfer.parallel.rules import replicated, sharding_of
+from jaxinfer.runner.page_mapping import map_in_background
 from jaxinfer.runner.runner import Allocate, DeviceMemory
 from jaxinfer.runner.step_fn import DeviceState, StepModel
 from jaxinfer.sampling.state import init_state
@@ -167,7 +168,10 @@ def make_allocator(
     state = jax.jit(make_state, out_shardings=replicated(model.mesh)).lower().compile()
 
     def allocate() -> DeviceMemory:
-        return DeviceMemory(pages_L=tuple(pages() for _ in abstract.pages_L), state=state())
+        pages_L = tuple(pages() for _ in abstract.pages_L)
+        if model.kernels.pages_are_unmapped:
+            map_in_background(pages_L)
+        return DeviceMemory(pages_L=pages_L, state=state())
 
     return allocate
 

@@ -81,7 +81,8 @@ def load_native_kernels(
 ) -> NativeKernels:
     """Compiles the kernels into `directory` unless they are there, and registers them with XLA.
 
-    `page_dtype` names the type of the values in the KV pages. `macros` make the compiler take code meant for other processors: for tests.
+    `page_dtype` names the type of the values in the KV pages. `macros` make the compiler take code
+    meant for other processors: for tests.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="native") as pool:  # one compiler beside another
         later = pool.submit(_load_matmul, directory, macros, shipped)
