@@ -5,9 +5,11 @@ request as JSON on its stdin, answers with one line on its stdout, and logs to o
 no JAX.
 """
 
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -16,7 +18,10 @@ import msgspec
 from jaxinfer import errors
 from jaxinfer.config.env import child_environment
 from jaxinfer.errors import CapacityError, JaxInferError, UserError
+from jaxinfer.logging import get_logger
 from jaxinfer.planner.messages import BuildRequest, BuildResult, Failure, PlanRequest, PlanResult
+
+logger = get_logger(__name__)
 
 COMPILER_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
@@ -28,7 +33,10 @@ COMPILER_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     }
 )
 
+RequestT = TypeVar("RequestT", PlanRequest, BuildRequest)
 AnswerT = TypeVar("AnswerT")
+
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)  # not SIGKILL: memory ran out then
 
 
 class PlannerDiedError(JaxInferError):
@@ -45,26 +53,41 @@ def build(request: BuildRequest, *, log_level: str) -> BuildResult:
     return _ask(request, BuildResult, log_level)
 
 
-def _ask(request: PlanRequest | BuildRequest, answer: type[AnswerT], log_level: str) -> AnswerT:
-    code = _code_of_child(type(request).__name__, log_level)
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        input=msgspec.json.encode(request),
-        stdout=subprocess.PIPE,
-        env=child_environment(**COMPILER_ENVIRONMENT),
-        check=False,
-    )
+def _ask(request: RequestT, answer: type[AnswerT], log_level: str) -> AnswerT:
+    result = _run_child(request, log_level)
+    workers = request.engine.compile.num_compile_workers
+    if -result.returncode in _CRASHES and workers != 1:
+        # libtpu has crashed while it compiled two programs at a time; alone, the same ones went.
+        logger.warning(
+            "the compiler crashed (signal %d): again, one program at a time", -result.returncode
+        )
+        alone = replace(request.engine.compile, num_compile_workers=1)
+        engine = replace(request.engine, compile=alone)
+        result = _run_child(msgspec.structs.replace(request, engine=engine), log_level)
     lines = result.stdout.splitlines()
     if result.returncode != 0 or not lines:
         how = f"signal {-result.returncode}" if result.returncode < 0 else result.returncode
         raise PlannerDiedError(
-            f"the planner's process ended early ({how}); its log above says why. "
-            "If memory ran out: --no-compile gives the arithmetic without a compiler."
+            f"the planner's process ended early ({how}); its log above says why. If memory ran "
+            "out: --num-compile-workers 1 takes less, and plan --no-compile gives the arithmetic "
+            "alone."
         )
     decoded = msgspec.json.decode(lines[-1], type=answer | Failure)  # type: ignore[operator]
     if isinstance(decoded, Failure):
         raise _error(decoded)
     return decoded
+
+
+def _run_child(
+    request: PlanRequest | BuildRequest, log_level: str
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-P", "-c", _code_of_child(type(request).__name__, log_level)],
+        input=msgspec.json.encode(request),
+        stdout=subprocess.PIPE,
+        env=child_environment(**COMPILER_ENVIRONMENT),
+        check=False,
+    )
 
 
 def _code_of_child(kind: str, log_level: str) -> str:

@@ -34,7 +34,8 @@ from jaxinfer.weights.reader import open_checkpoint, read_json_object
 def make_plan(request: PlanRequest) -> PlanResult:
     """Raises ConfigError and CheckpointError; that it does not fit is an answer."""
     start_s = time.monotonic()
-    checker = Checker(read_config(Path(request.config_path)), num_workers=os.cpu_count() or 1)
+    num_workers = request.engine.compile.num_compile_workers or os.cpu_count() or 1
+    checker = Checker(read_config(Path(request.config_path)), num_workers=num_workers)
     search = Search(request=request, target=parse_topology(request.topology), checker=checker)
     layouts: list[Alternative] = []
     if request.sweep:
