@@ -144,9 +144,7 @@ def test_bfloat16_with_the_engines_kernels_and_pages():
 )
 def test_logits_with_the_cpp_kernels(name: str, head_dim: int, stored_weights: StoredDType):
     """A bfloat16 checkpoint loses nothing by bfloat16 storage: the bound is that of float32."""
-    native = load_native_kernels(
-        cache_dir() / "native", head_dim=head_dim, page_dtype="float32"
-    )
+    native = load_native_kernels(cache_dir() / "native", head_dim=head_dim, page_dtype="float32")
     if native.matmul is None:
         pytest.skip(native.matmul_reason)
     assert (native.paged_attention is not None) == (head_dim == 32), native.paged_attention_reason

@@ -26,7 +26,9 @@ WIDE = ("JAXINFER_WIDE_VECTORS", "JAXINFER_EMULATE_PAIRS")
 
 
 def kernel(dtype: StoredDType, macros: tuple[str, ...] = ()) -> PanelMatmul:
-    native = load_native_kernels(cache_dir() / "native", head_dim=32, page_dtype="float32", macros=macros)
+    native = load_native_kernels(
+        cache_dir() / "native", head_dim=32, page_dtype="float32", macros=macros
+    )
     if native.matmul is None:
         pytest.skip(native.matmul_reason)
     return PanelMatmul(target=native.matmul.target, panel=native.matmul.panel, dtype=dtype)

@@ -76,7 +76,9 @@ def shipped() -> Path:
 def test_a_shipped_library_serves_where_there_is_no_compiler(
     shipped: Path, no_compiler: None, tmp_path: Path
 ):
-    native = load_native_kernels(tmp_path / "own", head_dim=32, page_dtype="float32", macros=MACROS, shipped=shipped)
+    native = load_native_kernels(
+        tmp_path / "own", head_dim=32, page_dtype="float32", macros=MACROS, shipped=shipped
+    )
     assert native.matmul is not None
     assert native.matmul_reason == f"C++ compiled for {usable(processor_features())[0].name}"
     assert native.paged_attention is None  # none was shipped
@@ -97,6 +99,8 @@ def test_what_this_processor_cannot_run_is_not_taken(no_compiler: None, tmp_path
         pytest.skip("this processor runs all levels")
     for level in unusable:  # no libraries at all: to load one would fail with another reason
         (shipped / library_file_name("matmul", MACROS, level)).touch()
-    native = load_native_kernels(tmp_path / "own", head_dim=32, page_dtype="float32", macros=MACROS, shipped=shipped)
+    native = load_native_kernels(
+        tmp_path / "own", head_dim=32, page_dtype="float32", macros=MACROS, shipped=shipped
+    )
     assert native.matmul is None
     assert "no C++ compiler" in native.matmul_reason
