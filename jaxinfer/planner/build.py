@@ -94,24 +94,24 @@ def _compile_ahead(config_path: Path, config: EngineConfig, target: Target) -> _
     devices = target_devices(target)
     layout = lay_out(config_json, config, target, devices)
     enable_persistent_cache(config.compile.compile_cache)
-    jax.set_mesh(layout.model.mesh)  # in all threads; see compile.py
-    while True:
-        num_pages = divide_memory(layout).limits.num_pages
-        # Settings are part of a program's name: those that the machine will be given are used.
-        cache = replace(config.cache, num_gpu_blocks_override=num_pages)
-        fixed = lay_out(config_json, replace(config, cache=cache), target, devices)
-        num_programs, temp_bytes = _compile_fixed(config_json, fixed)
-        if with_measured_temp(divide_memory(fixed).memory, temp_bytes).fits:
-            flags = f"--num-gpu-blocks-override {num_pages}"
-            return _Built(num_programs, flags, _UNPROVEN)
-        logger.warning(
-            "the largest step needs %d bytes of temporaries, not %d as was guessed: with fewer "
-            "pages than %d everything is compiled again",
-            temp_bytes,
-            layout.needs.temp_bytes,
-            num_pages,
-        )
-        layout = layout._replace(needs=replace(layout.needs, temp_bytes=temp_bytes))
+    with jax.set_mesh(layout.model.mesh):  # in all threads; see compile.py
+        while True:
+            num_pages = divide_memory(layout).limits.num_pages
+            # Settings are part of a program's name: those that the machine will be given are used.
+            cache = replace(config.cache, num_gpu_blocks_override=num_pages)
+            fixed = lay_out(config_json, replace(config, cache=cache), target, devices)
+            num_programs, temp_bytes = _compile_fixed(config_json, fixed)
+            if with_measured_temp(divide_memory(fixed).memory, temp_bytes).fits:
+                flags = f"--num-gpu-blocks-override {num_pages}"
+                return _Built(num_programs, flags, _UNPROVEN)
+            logger.warning(
+                "the largest step needs %d bytes of temporaries, not %d as was guessed: with fewer "
+                "pages than %d everything is compiled again",
+                temp_bytes,
+                layout.needs.temp_bytes,
+                num_pages,
+            )
+            layout = layout._replace(needs=replace(layout.needs, temp_bytes=temp_bytes))
 
 
 def _compile_fixed(config_json: dict[str, Any], layout: Layout) -> tuple[int, int]:
