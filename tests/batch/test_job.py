@@ -165,7 +165,7 @@ def test_urls(name: str, to_url: ToUrl, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_what_others_wrote_to_a_url_is_not_touched(name: str, to_url: ToUrl):
+def test_what_others_wrote_to_a_url_is_not_touched(name: str, to_url: ToUrl, tmp_path: Path):
     others = "/out/a.jsonl" if name == "a.jsonl" else "/out/a.parquet/part-00007.parquet"
     MEMORY.pipe_file(others, b"precious")
     job = to_url(name)
@@ -177,7 +177,8 @@ def test_what_others_wrote_to_a_url_is_not_touched(name: str, to_url: ToUrl):
     assert run_echo(job).num_ok == 10
     deliver(job.outputs)
     assert not MEMORY.exists(others) or MEMORY.cat(others) != b"precious", "no stale part stays"
-    changed = replace(job, sampling={"seed": 1}, outputs=to_url(name, work_dir="other").outputs)
+    outputs = to_url(name, work_dir=str(tmp_path / "other")).outputs
+    changed = replace(job, sampling={"seed": 1}, outputs=outputs)
     with pytest.raises(ConfigError, match="is not of this job"):
         run_echo(changed)
     if name == "a.parquet":
