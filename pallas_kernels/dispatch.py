@@ -27,11 +27,15 @@ class KernelSet:
     paged_attention: PagedAttention
     kv_storage_dtype: Callable[[DTypeLike], jnp.dtype]  # of page arrays that hold a dtype
     empty_pages: EmptyPages = jnp.zeros
-    pages_are_unmapped: bool = False  # by `empty_pages`: nothing has touched their memory yet
     matmul: PanelMatmul | None  # stores weights for itself; None: XLA's own over plain weights
     reasons: tuple[str, ...]  # one line an op: what was chosen and why; names compiled programs
     verdicts: tuple[str, ...] = ()  # what a device's checks of kernels said (checked.py)
     attention_backend: str = "xla"  # the name by which it is asked for or passed over
+
+    @property
+    def pages_are_unmapped(self) -> bool:
+        """Whether nothing has touched the memory of new pages yet."""
+        return self.empty_pages is not jnp.zeros
 
 
 def _as_it_is(dtype: DTypeLike) -> jnp.dtype:
@@ -88,7 +92,6 @@ def choose_kernels(
         paged_attention=attention,
         kv_storage_dtype=xla.storage_dtype if platform == "cpu" else _as_it_is,
         empty_pages=empty_pages,
-        pages_are_unmapped=empty_pages is not jnp.zeros,
         matmul=matmul,
         reasons=(f"paged_attention: {reason}", f"matmul: {matmul_reason}"),
         attention_backend=backend,

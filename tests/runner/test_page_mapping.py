@@ -80,7 +80,9 @@ def test_pages_that_nothing_has_touched_are_mapped(
     reader = open_checkpoint(TinyLlama().save(tmp_path))
     definition = define_model(reader.config(), tensor=1)
     mesh = make_mesh(tensor=1, devices=jax.devices())
-    kernels = replace(choose_kernels(platform="cpu"), pages_are_unmapped=are_unmapped)
+    kernels = choose_kernels(platform="cpu")
+    if are_unmapped:
+        kernels = replace(kernels, empty_pages=lambda shape, dtype: jnp.ones(shape, dtype))
     model = abstract.make_abstract(definition, mesh, kernels, dtype="float32")
     limits = EngineLimits(
         max_num_seqs=2, max_num_batched_tokens=8, max_model_len=32, page_size=8, num_pages=6
