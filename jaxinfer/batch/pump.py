@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from jaxinfer.batch.lines import BadLine, Handler, Line, Reply
 from jaxinfer.batch.records import bad_record, record_of
 from jaxinfer.batch.sinks import Sink
-from jaxinfer.batch.suspects import LOSSES_OF_A_SUSPECT, Losses, Turns, reason_of
+from jaxinfer.batch.suspects import GO_ON, LOSSES_OF_A_SUSPECT, Losses, Turns, reason_of
 from jaxinfer.errors import EngineDeadError
 
 _LINES_AT_ONCE = 64
@@ -157,8 +157,7 @@ class Pump:
         silent_s = now_s - self._refused_since_s
         if silent_s + wait_s > self._give_up_after_s:
             raise EngineDeadError(
-                f"Nothing has been answered for {silent_s:.0f} s: {reason_of(reply)} Start the "
-                "same command again to go on."
+                f"Nothing has been answered for {silent_s:.0f} s: {reason_of(reply)} {GO_ON}"
             )
 
     def _count(self, reply: Reply) -> None:

@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 LOSSES_OF_A_SUSPECT = 2
 MOST_BLAMED_IN_A_ROW = 8  # one more without an answer between: no line can be answered here
-_GO_ON = "Start the same command again to go on."
+GO_ON = "Nothing is lost: start the same command again to go on."
 
 
 class Turns:
@@ -69,10 +69,9 @@ class Losses:
         self.serial += 1
         self._num_in_a_row += 1
         if self._num_in_a_row > self._most_in_a_row:
-            raise EngineDeadError(
-                f"The engine was lost {self._num_in_a_row} times without an answer between: "
-                f"{reason_of(reply)} {_GO_ON}"
-            )
+            times = f"{self._num_in_a_row} times without an answer between"
+            how = times if self._num_in_a_row > 1 else "once, and may not be started again"
+            raise EngineDeadError(f"The engine was lost {how}: {reason_of(reply)} {GO_ON}")
 
     def blame(self, line: Line, reply: Reply) -> Reply:
         """The answer to a suspect that lost the engine alone. Raises EngineDeadError when that
@@ -83,8 +82,8 @@ class Losses:
         if self._num_blamed > MOST_BLAMED_IN_A_ROW:
             raise EngineDeadError(
                 f"{self._num_blamed} lines in a row lost the engine, each of them alone, the last "
-                f"one {line.where}: {reason_of(reply)} The fault may not be theirs. Repair it and "
-                "start the same command again to go on."
+                f"one {line.where}: {reason_of(reply)} The fault may not be theirs: "
+                f"look for it first. {GO_ON}"
             )
         logger.error("%s loses the engine each time, also alone: it is given up", line.where)
         message = (

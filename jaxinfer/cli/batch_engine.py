@@ -25,7 +25,6 @@ class RunningEngine(NamedTuple):
 
 
 _LONGEST_DELAY_S = 5.0
-_NO_LIMIT = 10**9
 
 
 def _policy(run: RunConfig) -> SupervisionPolicy:
@@ -37,7 +36,7 @@ def _policy(run: RunConfig) -> SupervisionPolicy:
     """
     return SupervisionPolicy(
         stall_timeout_s=run.engine_stall_timeout,
-        max_restarts=_NO_LIMIT if run.engine_max_restarts > 0 else 0,
+        max_restarts=None if run.engine_max_restarts > 0 else 0,
         longest_delay_s=_LONGEST_DELAY_S,
     )
 

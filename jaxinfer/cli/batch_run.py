@@ -14,6 +14,7 @@ from jaxinfer.batch.files import InputFile, shown_path
 from jaxinfer.batch.job import OpenJob, check_inputs, open_job
 from jaxinfer.batch.progress import Meter, shown_progress
 from jaxinfer.batch.pump import Counts, Pump
+from jaxinfer.batch.suspects import GO_ON
 from jaxinfer.cli.batch_engine import RunningEngine, running_engine
 from jaxinfer.config.fields import flatten
 from jaxinfer.config.job import JobConfig, input_format
@@ -26,8 +27,6 @@ from jaxinfer.logging import get_logger
 from jaxinfer.server.direct import CHAT_URL, COMPLETION_URL, DirectApi, check_defaults
 
 logger = get_logger(__name__)
-
-_GO_ON = "Nothing is lost: start the same command again to go on."
 
 
 class _End(NamedTuple):
@@ -175,7 +174,7 @@ class _Run:
             async with shown_progress(meter):
                 await asyncio.wait({work, death}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                raise EngineDeadError(f"{death.result()} {_GO_ON}")
+                raise EngineDeadError(f"{death.result()} {GO_ON}")
             work.result()
         finally:
             for task in (work, death):
@@ -202,4 +201,4 @@ def _tell(job: JobConfig, opened: OpenJob, counts: Counts, end: _End) -> None:
     name = signal.Signals(end.signal_number).name
     num_done = counts.num_done + opened.num_before
     of = "" if opened.total is None else f" of {opened.total}"
-    print(f"stopped by {name}: {num_done}{of} lines are done ({figures}). {_GO_ON}")
+    print(f"stopped by {name}: {num_done}{of} lines are done ({figures}). {GO_ON}")

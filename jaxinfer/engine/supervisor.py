@@ -41,7 +41,7 @@ class SupervisionPolicy:
 
     stall_timeout_s: float = 120.0  # requests run and no step ends for so long; 0: never
     silent_start_s: float = 900.0  # a restart that reports no progress for so long has failed
-    max_restarts: int = 3  # within `window_s`; one more loss ends the engine. 0: no restart at all
+    max_restarts: int | None = 3  # within `window_s`; one more loss ends the engine. None: no end
     window_s: float = 600.0
     first_delay_s: float = 1.0  # before the second restart in a window; doubles from there
     longest_delay_s: float = 30.0
@@ -239,7 +239,8 @@ class SupervisedClient:
         times_s = self._restart_times_s
         while times_s and now_s - times_s[0] > self._policy.window_s:
             times_s.popleft()
-        if len(times_s) >= self._policy.max_restarts:
+        most = self._policy.max_restarts
+        if most is not None and len(times_s) >= most:
             return None
         delay_s = self._policy.delay_s(len(times_s))
         times_s.append(now_s)

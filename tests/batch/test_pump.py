@@ -139,7 +139,7 @@ def test_nothing_but_refusals_ends_the_job_and_it_can_go_on(tmp_path: Path):
         return refused(503, retry_after_s=0.01) if line.number > 5 else await echo(line)
 
     with (
-        pytest.raises(EngineDeadError, match=r"status 503 Start the same command again"),
+        pytest.raises(EngineDeadError, match=r"status 503 Nothing is lost: start the same command"),
         open_job(job, check_inputs(job), overwrite=False) as opened,
     ):
         asyncio.run(pump_of(opened, answer, give_up_after_s=0.05).run())
@@ -269,6 +269,11 @@ def test_an_engine_that_no_line_survives_ends_the_job(tmp_path: Path):
         open_job(job, check_inputs(job), overwrite=False) as opened,
     ):
         asyncio.run(pump_of(opened, engine.answer, max_losses=1).run())
+    with (
+        pytest.raises(EngineDeadError, match=r"lost once, and may not .* Nothing is lost: start"),
+        open_job(job, check_inputs(job), overwrite=False) as opened,
+    ):
+        asyncio.run(pump_of(opened, engine.answer, max_losses=0).run())
     assert len(records(target)) == 8
 
 
