@@ -2,14 +2,15 @@
 
 One reader task takes the core's messages and wakes the requests that have news; each request's
 consumer takes what has collected since it last looked, so a slow one costs neither memory nor
-others' time. Imports no JAX. Knows client, tokenizer and requests; must not know HTTP.
+others' time. A consumer that only waits may be handed an output without being woken (OutputTap).
+Imports no JAX. Knows client, tokenizer and requests; must not know HTTP.
 """
 
 import asyncio
 import copy
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, Protocol
 
 from jaxinfer.config.load import engine_config_from_kwargs
 from jaxinfer.core.messages import EngineInfo, EngineStats, Failed, Rejected, StepUpdate
@@ -35,26 +36,53 @@ logger = get_logger(__name__)
 _LONG_TEXT = 20_000  # characters whose tokenization would hold up the event loop
 
 
+class OutputTap(Protocol):
+    """Takes outputs where the core's message is read, while the consumer waits: waking its task for
+    each token would cost more than most have to do with one."""
+
+    def is_open(self) -> bool:
+        """An output can be put now. If not, the consumer gets it, with what comes until then."""
+        ...
+
+    def put(self, output: RequestOutput) -> None:
+        """Must be quick. What it raises is raised where the consumer waits."""
+        ...
+
+
 class _Stream:
     """What a request's consumer waits on. (An asyncio.Event for one waiter, at a third of the
-    price: there is a wait for every token.)"""
+    price: there may be a wait for every token.)"""
 
-    def __init__(self, state: RequestState) -> None:
+    def __init__(self, state: RequestState, tap: OutputTap | None) -> None:
         self.state = state
-        self.error: JaxInferError | None = None
+        self.error: Exception | None = None
+        self._tap = tap
         self._has_news = False
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
 
-    def wake(self) -> None:
-        """There is news, or an error."""
+    def deliver(self) -> None:
+        """There is news: to the tap if it takes it, else to the consumer, who sees every end."""
+        waiter, tap = self._waiter, self._tap
+        is_waiting = waiter is not None and not waiter.done()
+        if tap is None or not is_waiting or self.state.is_finished or not tap.is_open():
+            self._wake()
+            return
+        try:
+            output = self.state.take()
+            if output is not None:
+                tap.put(output)
+        except Exception as error:  # noqa: BLE001 - one request's; the reader serves all
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self._wake()
+
+    def _wake(self) -> None:
         self._has_news = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-    def fail(self, error: JaxInferError) -> None:
-        self.error = error
-        self.wake()
 
     async def wait(self) -> None:
         """Returns when there is news that no earlier call has seen."""
@@ -222,12 +250,14 @@ class AsyncEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         output_kind: OutputKind = "cumulative",
+        tap: OutputTap | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields outputs until one is `finished`; closing the iterator aborts the request.
 
         "cumulative": each output holds everything so far. "delta": only completions with news,
-        and of them only what is new. "final": one output. Raises RequestError, QueueFullError
-        (both before the first output) and EngineDeadError.
+        and of them only what is new. "final": one output. While the iterator is waited on, an open
+        `tap` gets what would be yielded, but for the last output. Raises RequestError,
+        QueueFullError (both before the first output) and EngineDeadError.
         """
         if not isinstance(prompt, ValidatedPrompt):
             prompt = await self.validate(prompt, params or SamplingParams())
@@ -242,7 +272,7 @@ class AsyncEngine:
             priority=priority,
             cache_salt=cache_salt,
         )
-        stream = _Stream(new.state)
+        stream = _Stream(new.state, tap)
         self._streams[id(new.state)] = stream
         try:
             for message in new.messages:
@@ -268,7 +298,7 @@ class AsyncEngine:
         for state in list(self._outputs.open_requests()):
             if state.request_id == request_id:
                 await self._client.abort(self._outputs.abort(state))
-                self._wake(state)
+                self._deliver(state)
 
     async def reset_prefix_cache(self) -> None:
         await self._client.reset_prefix_cache()
@@ -301,7 +331,7 @@ class AsyncEngine:
         self.last_step_time_s = time.monotonic()
         processed = self._outputs.process(update)
         for state in processed.changed:
-            self._wake(state)
+            self._deliver(state)
         if processed.aborts:
             await self._client.abort(processed.aborts)
 
@@ -320,10 +350,10 @@ class AsyncEngine:
         else:
             stream.fail(RequestError(rejected.message, param=rejected.param))
 
-    def _wake(self, state: RequestState) -> None:
+    def _deliver(self, state: RequestState) -> None:
         stream = self._streams.get(id(state))
         if stream is not None:
-            stream.wake()
+            stream.deliver()
 
     def _check_serving(self) -> None:
         problem = self._death or self._outage

@@ -138,8 +138,11 @@ async def respond(request: web.Request, begun: Begun) -> web.StreamResponse:
     state, answer = request.app[STATE], begun.answer
     request[SUMMARY] = answer.summary
     if begun.is_stream:
-        outputs = generation.generate(state, begun.serving, begun.job, answer.summary, "delta")
-        return await sse.stream(request, outputs, begun.shown, answer.headers)
+        wire = sse.Wire(request, begun.shown, answer.headers)
+        outputs = generation.generate(
+            state, begun.serving, begun.job, answer.summary, "delta", tap=wire
+        )
+        return await wire.send(outputs)
     return answer.json(await run_whole(state, begun))
 
 

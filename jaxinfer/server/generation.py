@@ -9,12 +9,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
 from jaxinfer.core.outputs import RequestOutput
 from jaxinfer.core.request import FinishReason
+from jaxinfer.engine.async_engine import OutputTap
 from jaxinfer.engine.inputs import ValidatedPrompt
 from jaxinfer.errors import RequestError
 from jaxinfer.server.sampling import Sampling
@@ -76,6 +77,28 @@ class Summary:
             f"prompt={self.num_prompt_tokens} cached={self.num_cached_tokens} "
             f"output={self.num_output_tokens}{ttft} finish={','.join(self.reasons) or '-'}"
         )
+
+
+class PromptTap(Protocol):
+    """An OutputTap, but for prompts' outputs."""
+
+    def is_open(self) -> bool: ...
+
+    def put(self, item: PromptOutput) -> None: ...
+
+
+class _SummingTap:
+    """Between the engine and a tap: what passes is seen by the summary, as what is yielded is."""
+
+    def __init__(self, tap: PromptTap, summary: Summary) -> None:
+        self.is_open = tap.is_open
+        self._tap = tap
+        self._summary = summary
+
+    def put(self, output: RequestOutput) -> None:
+        item = PromptOutput(0, output)
+        self._summary.see(item)
+        self._tap.put(item)
 
 
 async def encode(serving: Serving, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
@@ -146,12 +169,21 @@ async def prepare(
 
 
 async def generate(
-    state: ServerState, serving: Serving, job: Job, summary: Summary, kind: OutputKind
+    state: ServerState,
+    serving: Serving,
+    job: Job,
+    summary: Summary,
+    kind: OutputKind,
+    tap: PromptTap | None = None,
 ) -> AsyncGenerator[PromptOutput, None]:
-    """Runs the job. Raises QueueFullError or EngineDeadError; both may come before any output."""
+    """Runs the job. Raises QueueFullError or EngineDeadError; both may come before any output.
+
+    Outputs of a single prompt may go to `tap`, see `OutputTap`.
+    """
     summary.num_prompt_tokens = sum(len(prompt.prompt_token_ids) for prompt in job.prompts)
     num_unfinished = len(job.prompts) * job.n
-    streams = [_start(serving, job, index, kind) for index in range(len(job.prompts))]
+    inner = _SummingTap(tap, summary) if tap is not None and len(job.prompts) == 1 else None
+    streams = [_start(serving, job, index, kind, inner) for index in range(len(job.prompts))]
     state.begin()
     try:
         if len(streams) == 1:  # one generator less for each token to pass through
@@ -172,7 +204,7 @@ async def generate(
 
 
 def _start(
-    serving: Serving, job: Job, index: int, kind: OutputKind
+    serving: Serving, job: Job, index: int, kind: OutputKind, tap: OutputTap | None
 ) -> AsyncGenerator[RequestOutput, None]:
     """The outputs of one prompt, which begins to run when the first one is asked for."""
     return serving.engine.generate(
@@ -182,6 +214,7 @@ def _start(
         priority=job.priority,
         cache_salt=job.cache_salt,
         output_kind=kind,
+        tap=tap,
     )
 
 

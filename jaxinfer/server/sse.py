@@ -5,12 +5,13 @@ after that an error is a `data: {"error": ...}` frame and the end, without `[DON
 Knows frames and connections; not what is in the frames.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from jaxinfer.errors import JaxInferError
 from jaxinfer.logging import get_logger
@@ -63,32 +64,61 @@ class TextFrames:
         return b"".join((self._head, _encoder.encode(text), self._tail))
 
 
-async def stream(
-    request: web.Request,
-    outputs: AsyncGenerator[PromptOutput, None],
-    frames: Frames,
-    headers: dict[str, str],
-) -> web.StreamResponse:
-    """Sends `outputs` as they come. Closing, by error or by the client, closes `outputs`."""
-    async with aclosing(outputs):
-        first = await anext(outputs)
-        pending = frames.begin() + frames.frames(first)
-        response = web.StreamResponse(headers={**_HEADERS, **headers})
-        await response.prepare(request)
-        await response.write(pending)
-        try:
-            async for item in outputs:
-                pending = frames.frames(item)
-                if pending:
-                    await response.write(pending)
-            last = frames.end()
-        except JaxInferError as error:
-            last = frame(api_error(error).envelope())
-        except ConnectionError:
-            raise
-        except Exception:
-            # The status is sent: the client must learn of it here, and the log must have the cause.
-            logger.exception("a stream broke")
-            last = frame(ApiError(500, "Internal error.").envelope())
-        await response.write_eof(last)  # one write for the last frame and the end
-        return response
+class Wire:
+    """One stream: sends outputs as they come.
+
+    It is a tap, too: as long as the connection takes all that is written, frames go there without
+    the request's task being woken for them. A client that does not keep up is the task's, which
+    waits for it.
+    """
+
+    def __init__(self, request: web.Request, frames: Frames, headers: dict[str, str]) -> None:
+        self._request = request
+        self._frames = frames
+        self._response = web.StreamResponse(headers={**_HEADERS, **headers})
+        self._transport: asyncio.WriteTransport | None = None  # once the head is sent
+        self._is_chunked = request.version >= HttpVersion11
+
+    def is_open(self) -> bool:
+        transport = self._transport
+        return (
+            transport is not None
+            and not transport.is_closing()
+            and not transport.get_write_buffer_size()
+        )
+
+    def put(self, item: PromptOutput) -> None:
+        assert self._transport is not None, "it is open"
+        frames = self._frames.frames(item)
+        if frames:
+            self._transport.write(
+                b"%x\r\n%b\r\n" % (len(frames), frames) if self._is_chunked else frames
+            )
+
+    async def send(self, outputs: AsyncGenerator[PromptOutput, None]) -> web.StreamResponse:
+        """`outputs` has this tap. Closing, by error or by the client, closes it."""
+        frames, response = self._frames, self._response
+        async with aclosing(outputs):
+            first = await anext(outputs)
+            pending = frames.begin() + frames.frames(first)
+            if self._is_chunked:
+                response.enable_chunked_encoding()
+            await response.prepare(self._request)
+            await response.write(pending)
+            self._transport = self._request.transport
+            try:
+                async for item in outputs:
+                    pending = frames.frames(item)
+                    if pending:
+                        await response.write(pending)
+                last = frames.end()
+            except JaxInferError as error:
+                last = frame(api_error(error).envelope())
+            except ConnectionError:
+                raise
+            except Exception:
+                # The status is sent: the client must learn of it here, the log must have the cause.
+                logger.exception("a stream broke")
+                last = frame(ApiError(500, "Internal error.").envelope())
+            await response.write_eof(last)  # one write for the last frame and the end
+            return response
