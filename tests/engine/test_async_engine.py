@@ -84,6 +84,61 @@ async def test_a_slow_consumer_gets_everything_in_few_pieces(running_engine: Eng
     assert outputs[-1].metrics.queue_time_s is not None
 
 
+class RecordingTap:
+    """Open for every third output that is offered to it; what it may not have is yielded."""
+
+    def __init__(self, into: list[RequestOutput], *, error: Exception | None = None) -> None:
+        self.num_put = 0
+        self._into = into
+        self._error = error
+        self._num_asked = 0
+
+    def is_open(self) -> bool:
+        self._num_asked += 1
+        return self._num_asked % 3 == 0
+
+    def put(self, output: RequestOutput) -> None:
+        if self._error is not None:
+            raise self._error
+        assert not output.finished, "the end is the consumer's"
+        self.num_put += 1
+        self._into.append(output)
+
+
+async def test_what_a_tap_takes_and_what_is_yielded_make_the_whole_in_order(
+    running_engine: EngineMaker,
+) -> None:
+    params = SamplingParams(n=2, seed=5, max_tokens=20, ignore_eos=True)
+    merged: list[RequestOutput] = []
+    tap = RecordingTap(merged)
+    async with running_engine("build_slow") as engine:
+        stream = engine.generate("hello", params, request_id="r", output_kind="delta", tap=tap)
+        async for output in stream:
+            if len(merged) % 4 == 1:  # it is at work for two steps, with this output in its hands
+                await asyncio.sleep(0.05)
+            merged.append(output)
+        (whole,) = await collect(engine, "hello", params, "final")
+    assert 3 <= tap.num_put < len(merged) / 2
+    assert merged[-1].finished
+    for completion in whole.outputs:
+        parts = [one for output in merged for one in output.outputs]
+        parts = [part for part in parts if part.index == completion.index]
+        assert [token for part in parts for token in part.token_ids] == completion.token_ids
+        assert "".join(part.text for part in parts) == completion.text
+
+
+async def test_a_tap_that_fails_fails_its_request_alone(running_engine: EngineMaker) -> None:
+    async with running_engine("build_slow") as engine:
+        other = asyncio.create_task(collect(engine, "hello", GREEDY, "final"))
+        tap = RecordingTap([], error=ZeroDivisionError("in a frame"))
+        with pytest.raises(ZeroDivisionError, match="in a frame"):
+            async for _ in engine.generate("x", GREEDY, request_id="t", tap=tap):
+                pass
+        (output,) = await other
+        assert output.outputs[0].token_ids == expected_output(list(b"hello"), GREEDY, 20)
+        await idle(engine)
+
+
 async def test_stop_strings_end_the_core_s_work(running_engine: EngineMaker) -> None:
     tokens = expected_output(list(b"hello"), GREEDY, 20)
     stop = text_of(tokens[4:7])

@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+import socket
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
 from jaxinfer.config.schema import ServerConfig
+from jaxinfer.server import sse
 from jaxinfer.server.app import create_app_around, make_runner
 from jaxinfer.server.state import ServerState
-from tests.server.conftest import MODEL, Serve, Served
+from tests.server.conftest import MODEL, Serve, Served, frames
+from tests.server.fake_core import expected_text
 from tests.server.test_bad_input import GOOD, check_envelope
 
 PATHS = list(GOOD)
@@ -104,19 +108,80 @@ async def test_a_body_that_never_ends_is_given_up(
     writer.close()
 
 
-async def test_a_slow_reader_holds_up_nobody(served: Served) -> None:
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_a_stream_is_whole_and_needs_no_task_for_its_tokens(
+    served: Served, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """Chunked or, for HTTP/1.0, ended by the connection's end; the tokens go by the tap."""
+    tapped: list[bytes] = []
+    put = sse.Wire.put
+
+    def recording(wire: sse.Wire, item: Any) -> None:
+        tapped.append(item.output.outputs[0].text)
+        put(wire, item)
+
+    monkeypatch.setattr(sse.Wire, "put", recording)
     host, port = served.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port), limit=256)
-    body = json.dumps(long_body(PATHS[0], stream=True, n=50, logprobs=20)).encode()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    change = {"prompt": "hello", "stream": True, "max_tokens": 20, "temperature": 0}
+    body = json.dumps(long_body(PATHS[0], **change)).encode()
+    head = f"POST {PATHS[0]} HTTP/{version}\r\nHost: x\r\nConnection: close\r\n"
+    writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    answer = await reader.read()
+    writer.close()
+    header, _, sent = answer.partition(b"\r\n\r\n")
+    is_chunked = b"Transfer-Encoding: chunked" in header
+    assert is_chunked == (version == "1.1")
+    text = (b"".join(chunks_of(sent)) if is_chunked else sent).decode()
+    items = frames(text)
+    assert items.pop() == "[DONE]"
+    texts = [item["choices"][0]["text"] for item in items]
+    assert "".join(texts) == expected_text(list(b"hello"), 20)
+    assert len(tapped) == 18, "all but the first, which comes with the head, and the last"
+    assert texts[1:-1] == tapped
+
+
+def chunks_of(body: bytes) -> Iterator[bytes]:
+    """Undoes chunked encoding, and fails where it is wrong."""
+    while True:
+        size, _, body = body.partition(b"\r\n")
+        chunk, body = body[: int(size, 16)], body[int(size, 16) :]
+        assert body[:2] == b"\r\n"
+        if not chunk:
+            return
+        yield chunk
+        body = body[2:]
+
+
+async def test_a_slow_reader_holds_up_nobody(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsent: list[int] = []
+    put = sse.Wire.put
+
+    def recording(wire: sse.Wire, item: Any) -> None:
+        assert wire._transport is not None
+        unsent.append(wire._transport.get_write_buffer_size())
+        put(wire, item)
+
+    monkeypatch.setattr(sse.Wire, "put", recording)
+    host, port = served.url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect((host, int(port)))
+    reader, writer = await asyncio.open_connection(sock=connection, limit=256)
+    body = json.dumps(long_body(PATHS[0], stream=True, n=120, logprobs=20)).encode()
     head = f"POST {PATHS[0]} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
-    await until(lambda: len(served.core.added) == 50)
+    await until(lambda: len(served.core.added) == 120)
     await until(lambda: not served.core.open)  # the engine ran on while nobody read
     await served.still_works()
     received = b""
     while b"[DONE]" not in received[-100:]:
         received += await reader.read(65536)
-    assert received.count(b'"finish_reason":"length"') == 50
+    assert received.count(b'"finish_reason":"length"') == 120
+    assert not any(unsent), "what the connection does not take has to collect as one output"
+    assert len(unsent) < 95, "of 99 outputs before the last"
     writer.close()
 
 
