@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.paged_attention.api import AttentionParams, AttentionSpec
 from pallas_kernels.paged_attention.quantized import logit_scale_K, value_scale_K
 from pallas_kernels.paged_attention.tpu_attend import LOG2_E, attend_kernel, scratch_of
-from pallas_kernels.paged_attention.tpu_stream import AttendConfig, Inputs
+from pallas_kernels.paged_attention.tpu_stream import AttendConfig, Inputs, in_hbm
 from pallas_kernels.paged_attention.tpu_work import Items
 from pallas_kernels.paged_attention.tuning import AttentionShape, TpuBlocks
 
@@ -100,9 +100,9 @@ def _attend(
     inputs: Inputs, *, config: AttendConfig, blocks: TpuBlocks, interpret: Interpret
 ) -> list[Array]:
     """The output [N, K, Y, W] and, of decodes, the pages."""
+    inputs = inputs._replace(pages=in_hbm(inputs.pages), table=in_hbm(inputs.table))
     queries, pages = inputs.queries, inputs.pages
     smem, anywhere = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
-    # XLA brings what may lie anywhere into VMEM if it fits: a small cache, whole, for a few pages.
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     specs = Inputs(
         items=smem,

@@ -56,6 +56,15 @@ class AttendConfig:
         return 4 if self.is_decode else 2
 
 
+def in_hbm(array: Array) -> Array:
+    """An argument of a kernel that XLA leaves where it is.
+
+    Otherwise it brings what fits into VMEM: a small cache, whole, for a few pages. A BlockSpec's
+    memory space says where the kernel finds an input, and binds XLA for outputs only.
+    """
+    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
 class Inputs(NamedTuple):
     """Of the kernel. The same tuple holds arrays and block specs outside of it."""
 

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.paged_attention.tpu_stream import Copy, Ref, rem, ring, tile_rows
+from pallas_kernels.paged_attention.tpu_stream import Copy, Ref, in_hbm, rem, ring, tile_rows
 from pallas_kernels.paged_attention.tpu_work import WriteField, Writes
 
 _SUBLANES = 8
@@ -160,7 +160,7 @@ def write_chunks(
     _, num_kv, _, width = pages_PKBC.shape
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    hbm = pl.BlockSpec(memory_space=pltpu.HBM)  # as in tpu_call.py
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         partial(_kernel, rows),
         grid=(num_cores,),
@@ -178,4 +178,4 @@ def write_chunks(
         ),
         interpret=interpret,
         name="ragged_write_chunks",
-    )(writes.fields, writes.bounds, new_KTC, pages_PKBC)
+    )(writes.fields, writes.bounds, new_KTC, in_hbm(pages_PKBC))
