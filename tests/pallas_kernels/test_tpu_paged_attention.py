@@ -4,6 +4,7 @@ The interpreter runs DMAs when they are waited for, memory starts as NaN, and it
 on: it prints what it finds. What a compiler makes of the kernels is for scripts/check_targets.
 """
 
+import json
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -113,7 +114,15 @@ CASES = FAST | SLOW
 
 @cache
 def compiled(case_name: str) -> Callable[..., tuple[Array, Array]]:
-    shapes, spec, blocks, decode_only, params, side_by_side = CASES[case_name]
+    case = CASES[case_name]
+    interpret = pltpu.InterpretParams(
+        detect_races=True, num_cores_or_threads=case.blocks.num_cores if case.side_by_side else 1
+    )
+    return quick_jit(op_of(case, interpret), donate_argnums=(4,))
+
+
+def op_of(case: Case, interpret: pltpu.InterpretParams | bool) -> Callable[..., Any]:
+    shapes, spec, blocks, decode_only, params, _ = case
     shape = AttentionShape(
         num_kv_heads=shapes.K,
         group=shapes.G,
@@ -124,9 +133,6 @@ def compiled(case_name: str) -> Callable[..., tuple[Array, Array]]:
     )
     assert refusal(shape) is None
     plan = tpu.make_plan(shape, blocks)
-    interpret = pltpu.InterpretParams(
-        detect_races=True, num_cores_or_threads=blocks.num_cores if side_by_side else 1
-    )
     attention = tpu.make_paged_attention(shape, blocks, interpret=interpret)
 
     def run(
@@ -136,7 +142,7 @@ def compiled(case_name: str) -> Callable[..., tuple[Array, Array]]:
         batch = plan(layout, places, decode_only=decode_only)
         return attention(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch, spec, params)
 
-    return quick_jit(run, donate_argnums=(4,))
+    return run
 
 
 def check_step(
@@ -223,3 +229,18 @@ def test_the_detector_sees_a_race(capfd: pytest.CaptureFixture[str]):
     )
     jax.block_until_ready(call(jnp.ones((8, 128), jnp.float32)))
     assert RACE in capfd.readouterr().out
+
+
+def test_xla_is_told_to_leave_the_cache_in_hbm():
+    """Whichever kernel reads it: XLA would bring a small one into VMEM, whole, for a few pages."""
+    case = FAST["chunks-int8-window-cap-sinks-2-cores"]
+    step = make_step([Sequence(31, 1), Sequence(3, 60)], case.shapes, case.spec, seed=0)
+    args = (step.layout, step.q_TKGH, step.k_TKH, step.v_TKH, step.pages_PKBC)
+    lowered = jax.jit(op_of(case, interpret=False)).trace(*args).lower(lowering_platforms=("tpu",))
+    calls = [line for line in lowered.as_text().splitlines() if "@tpu_custom_call(" in line]
+    assert len(calls) == 3, "decodes, the rows of chunks, chunks"
+    pages = "tensor<" + "x".join(map(str, step.pages_PKBC.shape)) + "xi8>"
+    for call in calls:
+        operands = call.partition(" : (")[2].partition(") -> ")[0].split(", ")
+        in_hbm = {"operand_index": operands.index(pages), "color": 0}
+        assert json.dumps(in_hbm, separators=(",", ":")) in call.replace(r"\22", '"')
