@@ -8,11 +8,13 @@ an update what it writes; of a conditional the branch that moves less (greedy sa
 log-probabilities); of a loop its body as often as XLA knows it to run, once otherwise.
 
 A cache of pages is left out of the figure: what a kernel reads of it depends on the step. Instead
-`page_bytes` is what anything but kernels moves of it, which should be nothing.
+`page_bytes` is what anything but kernels moves of it: nothing, or the step's own rows where XLA
+writes them.
 
 Knows the syntax of XLA's HLO text; imports nothing of JAX.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ _ARRAY = re.compile(
     r"(?P<type>pred|[a-z]+\d+(?:e\dm\d\w*)?)\[(?P<dims>[\d,]*)\](?P<layout>\{[^{}]*\})?"
 )
 _SPACE = re.compile(r"S\((\d+)\)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(
+    r"branch_computations=\{([^}]*)\}|true_computation=([^,]+), false_computation=([^,\s]+)"
+)
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
@@ -103,20 +107,29 @@ class _Program:
                 moved += [item._replace(num_bytes=times * item.num_bytes) for item in more]
                 page_bytes += times * more_pages
                 continue
-            arrays = self._arrays(op, ops)
-            if op.opcode != "custom-call":  # a kernel
-                page_bytes += sum(size for size, dims in arrays if dims == self.pages)
-            num_bytes = sum(size for size, dims in arrays if dims != self.pages)
+            is_kernel = op.opcode == "custom-call"
+            all_bytes = of_pages = 0
+            for size, dims in self._arrays(op, ops):
+                all_bytes += size
+                of_pages += size if self._is_cache(dims, is_kernel=is_kernel) else 0
+            if not is_kernel:
+                page_bytes += of_pages
+            num_bytes = all_bytes - of_pages
             if num_bytes:
                 found = _OP_NAME.search(op.attributes)
                 moved.append(Moved(num_bytes, op.opcode, found[1] if found else op.name))
         return moved, page_bytes
 
+    def _is_cache(self, dims: tuple[int, ...], *, is_kernel: bool) -> bool:
+        """The pages; a kernel may see them in another shape."""
+        return dims == self.pages or (is_kernel and math.prod(dims) == math.prod(self.pages))
+
     def _inside(self, op: _Op) -> tuple[int, tuple[list[Moved], int]] | None:
         """What control flow runs, and how often; None for an operation that moves bytes itself."""
         branches = _BRANCHES.search(op.attributes)
         if op.opcode == "conditional" and branches is not None:
-            runs = [self.run(name.strip().lstrip("%")) for name in branches[1].split(",")]
+            names = branches[1].split(",") if branches[1] else branches.group(2, 3)
+            runs = [self.run(name.strip().lstrip("%")) for name in names]
             return 1, min(runs, key=lambda run: sum(item.num_bytes for item in run[0]))
         if op.opcode == "while":
             body, trips = _BODY.search(op.attributes), _TRIPS.search(op.attributes)

@@ -119,6 +119,18 @@ def test_traffic(steps, engines, decode, times: float, page_bytes: int, words: s
     traffic = Traffic(num_bytes=int(times * ideal), page_bytes=page_bytes, largest=())
     found = steps.traffic_problems(engines[1], traffic, ideal)
     assert (words in "; ".join(found)) if words else not found
+    allowed = steps.traffic_problems(engines[1], traffic, ideal, rows=page_bytes)
+    assert not any("of pages" in problem for problem in allowed)
+
+
+def test_a_gpu_writes_rows_and_runs_more_operations(steps, engines, decode) -> None:
+    """By hand: 64 rows of a head in two layers, there and back; two norms, and silu(gate) * up."""
+    on_tpus = engines[1]
+    on_gpus = on_tpus._replace(target=parse_topology("h100x8"))
+    assert steps.rows_written(on_tpus, decode) == 0
+    assert steps.rows_written(on_gpus, decode) == 2 * 2 * 64 * 2 * 128 * 2
+    more = steps.ideal_bytes(on_gpus, decode) - steps.ideal_bytes(on_tpus, decode)
+    assert more == 2 * 64 * (4 * 4096 + 2 * 14336 // 8) * 2
 
 
 def collective(kind: str, num_bytes: int) -> Collective:

@@ -93,6 +93,11 @@ def test_a_branch_counts_as_the_cheaper_and_a_loop_as_often_as_it_runs() -> None
     flag = "%c = s32[] parameter(1)"
     either = "ROOT %y = f32[256]{0} conditional(%c, %x, %x), branch_computations={%dear, %cheap}"
     assert moved(X, flag, either, others=CONTROL) == 2 * ROW
+    of_gpus = either.replace(
+        "branch_computations={%dear, %cheap}",
+        "true_computation=%dear, false_computation=%cheap, metadata={}",
+    )
+    assert moved(X, "%c = pred[] parameter(1)", of_gpus, others=CONTROL) == 2 * ROW
     loop = "ROOT %y = f32[256]{0} while(%x), condition=%c, body=%dear"
     assert moved(X, loop, others=CONTROL) == 4 * ROW
     known = f'{loop}, backend_config={{"known_trip_count":{{"n":"5"}}}}'
@@ -104,6 +109,10 @@ def test_pages_are_the_kernels_and_nobody_elses() -> None:
     kernel = "%k = bf16[8,2,16,128]{3,2,1,0} custom-call(%p)"
     only_kernel = traffic_of(program(pages, kernel), pages=PAGES)
     assert (only_kernel.num_bytes, only_kernel.page_bytes) == (0, 0)
+    view = "%v = bf16[16,16,128]{2,1,0} bitcast(%p)"
+    seen_as = "ROOT %k = f32[8]{0} custom-call(%v)"
+    viewed = traffic_of(program(pages, view, seen_as), pages=PAGES)
+    assert (viewed.num_bytes, viewed.page_bytes) == (32, 0)
     copied = traffic_of(
         program(pages, kernel, "ROOT %c = bf16[8,2,16,128]{3,2,1,0} copy(%k)"), pages=PAGES
     )
