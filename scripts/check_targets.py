@@ -120,8 +120,7 @@ def _checks(args: argparse.Namespace) -> list[Check]:
         checks: list[Check] = []
         for topology in args.topology or KERNEL_TOPOLOGIES:
             checks += [partial(check_kernel, topology, case) for case in kernel_cases()]
-            if ":" in topology:
-                checks.append(partial(check_jax_kernel, topology))
+            checks.append(partial(check_jax_kernel, topology))
         return checks
     cases = step_cases(
         models=args.model, topologies=args.topology, steps=args.step, tensors=args.tensor

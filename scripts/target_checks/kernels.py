@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -72,8 +73,22 @@ def check_kernel(topology: str, case: KernelCase) -> Row:
 def check_jax_kernel(topology: str) -> Row:
     """JAX's own, which only reads the cache, for the sizes of "H128 bfloat16"."""
     mesh = Mesh(np.array(devices_of(topology)[:1]), ("one",))
-    array = partial(_array, mesh)
-    args = (
+    is_tpu = ":" in topology
+    run, args = (_jax_on_tpu if is_tpu else _jax_on_gpu)(partial(_array, mesh))
+    name = f"{topology} | JAX's own | H128 bfloat16" + ("" if is_tpu else ", decodes")
+    return _compiled(mesh, name, run, args, pages=args[1].shape, cache_bytes=0)
+
+
+def _jax_on_tpu(array: MakeArray) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    run = partial(
+        ragged_paged_attention,
+        sm_scale=128**-0.5,
+        sliding_window=1024,
+        num_kv_pages_per_block=16,
+        num_queries_per_block=32,
+        vmem_limit_bytes=64 * MIB,
+    )
+    return run, (
         array((512, 16, 128), "bfloat16"),
         array((2048, 32, 8, 128), "bfloat16"),
         array((64,), "int32"),
@@ -82,18 +97,17 @@ def check_jax_kernel(topology: str) -> Row:
         array((1,), "int32"),
     )
 
-    def run(*args: Any) -> Any:
-        return ragged_paged_attention(
-            *args,
-            sm_scale=128**-0.5,
-            sliding_window=1024,
-            num_kv_pages_per_block=16,
-            num_queries_per_block=32,
-            vmem_limit_bytes=64 * MIB,
-        )
 
-    name = f"{topology} | JAX's own | H128 bfloat16"
-    return _compiled(mesh, name, run, args, pages=args[1].shape, cache_bytes=0)
+def _jax_on_gpu(array: MakeArray) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """It is for decodes, and knows no window."""
+    pages = array((4, 2048, 32, 128), "bfloat16")
+    return paged_attention, (
+        array((64, 16, 128), "bfloat16"),
+        pages,
+        pages,
+        array((64, 512), "int32"),
+        array((64,), "int32"),
+    )
 
 
 def _kernels(chip: Chip, case: KernelCase) -> KernelSet:
