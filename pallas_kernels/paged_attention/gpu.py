@@ -99,7 +99,7 @@ class GpuAttention:
         return out_TKGH, pages_PKBC
 
     def _covers(self, pages_PKBC: Array) -> bool:
-        if why_not_for(self.dialect, self.shape, self.device) is not None:
+        if why_not_for(self.dialect, self.shape) is not None:
             return False
         # Triton's offsets have 32 bits below 4 GiB.
         return self.dialect != "triton" or pages_PKBC.itemsize > 1 or pages_PKBC.size < 2**31
@@ -197,6 +197,8 @@ def _attend_triton(
     layout, splits, blocks, scale2_K, sinks_KG = inputs
     weighing = gpu_triton.Weighing(scale2_K, sinks_KG, spec)
     interpret = how.interpret is not None
+    if pages_PKBC.dtype == jnp.float8_e4m3fn and not how.device.has_fp8:
+        pages_PKBC = jax.lax.bitcast_convert_type(pages_PKBC, jnp.uint8)
     out_SKGH = gpu_triton.attend_decodes(
         _decoding(q_TKGH, layout), pages_PKBC, layout, splits, weighing, interpret=interpret
     )

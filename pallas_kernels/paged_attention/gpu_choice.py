@@ -36,7 +36,7 @@ class GpuSpec:
 
     @property
     def has_fp8(self) -> bool:
-        """Whether Triton converts float8_e4m3fn; where it does not, it ends the process."""
+        """Whether Triton converts float8_e4m3fn; elsewhere it is given the bits."""
         return self.nvidia is not None and self.nvidia >= (8, 9)
 
 
@@ -65,7 +65,7 @@ class GpuChoice(NamedTuple):
 
 def refusal(backend: GpuBackend, shape: AttentionShape, device: GpuSpec) -> str | None:
     """Why an implementation serves neither device nor shape; None: it does."""
-    return _why_not_on(backend, device) or why_not_for(backend, shape, device)
+    return _why_not_on(backend, device) or why_not_for(backend, shape)
 
 
 def choose_gpu_attention(request: GpuRequest) -> GpuChoice:
@@ -102,7 +102,7 @@ def _why_not_on(backend: GpuBackend, device: GpuSpec) -> str | None:
     return None
 
 
-def why_not_for(backend: GpuBackend, shape: AttentionShape, device: GpuSpec) -> str | None:
+def why_not_for(backend: GpuBackend, shape: AttentionShape) -> str | None:
     """What of a shape an implementation does not cover; None: nothing."""
     size = shape.head_dim
     if backend == "mosaic_gpu":
@@ -119,8 +119,6 @@ def why_not_for(backend: GpuBackend, shape: AttentionShape, device: GpuSpec) -> 
     if backend == "triton":
         if shape.page_dtype not in TRITON_DTYPES:
             return f"it has no pages of {shape.page_dtype}"
-        if shape.page_dtype == "float8_e4m3fn" and not device.has_fp8:
-            return "its compiler has no float8_e4m3fn for this device"
         if size < 16 or size & (size - 1) or size > 256:
             return f"it has no head size of {size}"
     return None

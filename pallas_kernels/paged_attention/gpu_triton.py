@@ -8,6 +8,7 @@ the kv head), walks over blocks of keys with an online softmax (gpu_mosaic.py sa
 keys and values by gathering rows of pages, so any page size will do. Loads and stores are masked,
 so nothing is read that was not written and no row is stored that is not the block's own.
 A decode's keys are split over programs; `_combine_body` weighs their partial results.
+Pages of uint8 are the bits of float8_e4m3fn, for devices without that type.
 """
 
 from functools import partial
@@ -21,6 +22,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.paged_attention.api import AttentionSpec, StepLayout
 from pallas_kernels.paged_attention.gpu_work import DecodeSplits, PrefillBlocks
+from pallas_kernels.paged_attention.quantized import from_fp8_bits
 
 MIN_ROWS = 16  # of a tile: the least that tensor cores multiply
 PREFILL_ROWS = 64
@@ -96,6 +98,8 @@ def _attend(
 
         def load(column: int) -> Array:
             loaded_ZH = _load(pages_ref, place_Z, is_key_Z, tiling, column=column)
+            if loaded_ZH.dtype == jnp.uint8:
+                loaded_ZH = from_fp8_bits(loaded_ZH)
             return jnp.where(is_key_Z[:, None], loaded_ZH.astype(q_XH.dtype), 0)
 
         logits_XZ = multiply(q_XH, load(0).T) * scale2

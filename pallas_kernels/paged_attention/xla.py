@@ -26,6 +26,7 @@ from pallas_kernels.paged_attention.api import (
     TokenPlaces,
 )
 from pallas_kernels.paged_attention.quantized import (
+    from_fp8_bits,
     is_quantized,
     logit_scale_K,
     rows_to_store,
@@ -64,23 +65,10 @@ def _to_storage(values: Array, storage: jnp.dtype) -> Array:
 def _from_storage(values: Array, operands: jnp.dtype) -> Array:
     """Float32 values of stored ones; `operands` is the type of queries, keys and values."""
     if values.dtype == jnp.uint8:
-        return _from_fp8_bits(values)
+        return from_fp8_bits(values)
     if values.dtype == jnp.uint16:
         values = lax.bitcast_convert_type(values, _meaning_of_uint16(operands))
     return values.astype(jnp.float32)
-
-
-def _from_fp8_bits(bits: Array) -> Array:
-    """Float32 values of float8_e4m3fn's bits, through float16: half the time of XLA:CPU's own.
-
-    Sign, exponent and mantissa are put where float16 has them; its exponent counts from 2**-14,
-    float8_e4m3fn's from 2**-6. The largest pattern is NaN.
-    """
-    wide = bits.astype(jnp.uint16)
-    magnitude = wide & jnp.uint16(0x7F)
-    halves = ((wide & jnp.uint16(0x80)) << 8) | (magnitude << 7)
-    values = lax.bitcast_convert_type(halves, jnp.float16).astype(jnp.float32) * 256.0
-    return jnp.where(magnitude == 0x7F, jnp.nan, values)
 
 
 def plan(layout: StepLayout, places: TokenPlaces, *, decode_only: bool) -> AttentionBatch:

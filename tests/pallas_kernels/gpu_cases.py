@@ -33,6 +33,7 @@ class Case(NamedTuple):
     decode_only: bool = False
     params: AttentionParams = NO_PARAMS
     num_cores: int = 6
+    compute_capability: str = "9.0"
 
 
 def simulator(*, detect_races: bool) -> Any:
@@ -56,7 +57,7 @@ def compile_case(case: Case) -> Callable[..., tuple[Array, Array]]:
     shapes = case.shapes
     op = GpuAttention(
         dialect=case.dialect,
-        device=GpuSpec(compute_capability="9.0", num_cores=case.num_cores),
+        device=GpuSpec(compute_capability=case.compute_capability, num_cores=case.num_cores),
         shape=AttentionShape(
             num_kv_heads=shapes.K,
             group=shapes.G,

@@ -65,9 +65,9 @@ def test_the_user_has_the_last_word():
         ("9.0", {"page_dtype": "int8"}, "triton", "not mosaic_gpu: it has no pages of int8"),
         ("9.0", {"page_size": 24}, "triton", "it has no pages of 24 tokens"),
         ("9.0", {"head_dim": 80}, "xla", "not triton: it has no head size of 80"),
-        ("8.0", {"page_dtype": "float8_e4m3fn"}, "xla", "no float8_e4m3fn for this device"),
-        ("gfx942", {"page_dtype": "float8_e4m3fn"}, "xla", "no float8_e4m3fn for this device"),
-        ("8.9", {"page_dtype": "float8_e4m3fn"}, "triton", "capability 9.0"),
+        ("8.0", {"page_dtype": "float8_e4m3fn"}, "triton", "capability 9.0"),
+        ("gfx942", {"page_dtype": "float8_e4m3fn"}, "triton", "capability 9.0"),
+        ("9.0", {"page_dtype": "float8_e4m3fn"}, "triton", "it has no pages of float8_e4m3fn"),
     ],
 )
 def test_by_shape(compute_capability: str, change: dict, backend: str, reason: str):

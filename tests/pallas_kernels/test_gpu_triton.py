@@ -42,6 +42,9 @@ FAST = {
     "decodes-int8": decodes(
         AttentionSpec(scale=0.1, window=150), dtype="bfloat16", pages="int8", M=40, P=120
     ),
+    "fp8-as-bits": mixed(
+        AttentionSpec(scale=0.1), dtype="bfloat16", pages="float8_e4m3fn", M=16, P=40
+    )._replace(compute_capability="8.0"),
 }  # fmt: skip
 SLOW = {
     "window-sinks": mixed(AttentionSpec(scale=0.3, window=21), sinks=True, B=4, M=60, P=150),
