@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,16 @@ from jaxinfer.config.schema import EngineConfig, ServeConfig
 from jaxinfer.errors import ConfigError
 
 
-def parse(*argv: str) -> ServeConfig:
+@functools.cache
+def serve_parser() -> Parser:
+    """Made once: to make it takes far longer than to parse."""
     parser = Parser(prog="jaxinfer serve")
     add_flags(parser, ServeConfig, model_argument=True)
-    return serve_config(parser.parse(argv))
+    return parser
+
+
+def parse(*argv: str) -> ServeConfig:
+    return serve_config(serve_parser().parse(argv))
 
 
 def yaml_file(tmp_path: Path, text: str) -> str:
