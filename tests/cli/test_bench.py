@@ -13,9 +13,10 @@ from jaxinfer.bench.throughput import rates
 from jaxinfer.bench.workloads import Workload
 from jaxinfer.cli.main import main
 from tests.bench.openai_server import KnownServer, running
-from tests.cli.small_engine import SMALL_ENGINE
+from tests.cli.small_engine import run_with_small_engine
 from tests.e2e.conftest import SMALL_FLAGS
 from tests.e2e.tiny_model import write_tiny_model
+from tests.quick_xla import QUICK_XLA_FLAGS
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +125,12 @@ def test_serve_shows_failures(
 
 
 def test_serve_starts_a_server_of_its_own(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    monkeypatch.setenv("XLA_FLAGS", QUICK_XLA_FLAGS)  # compiled once for it and the tests in e2e
     out = tmp_path / "rows.jsonl"
     argv = ["bench", "serve", str(tiny_model), *SMALL_FLAGS, "--endpoint", "/v1/chat/completions"]
     argv += ["--num-prompts", "4", "--input-len", "8", "--output-len", "6", "--ignore-eos"]
@@ -160,15 +165,14 @@ def test_a_workload_that_is_too_long(tiny_model: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.model
-def test_throughput_of_the_model(
-    smollm2_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_throughput_of_the_model(smollm2_gguf: Path, tmp_path: Path):
     out = tmp_path / "rows.jsonl"
-    argv = ["bench", "throughput", str(smollm2_gguf), *SMALL_ENGINE]
+    argv = ["bench", "throughput", str(smollm2_gguf)]
     argv += ["--num-prompts", "2", "--input-len", "8", "--output-len", "4"]
-    assert main([*argv, "--json", str(out)]) == 0
+    result = run_with_small_engine(*argv, "--json", str(out))
+    assert result.returncode == 0, result.stderr
     [row] = lines_of(out)
     assert (row["n"], row["in"], row["out"]) == (2, 8, 4)
     assert row["output_tok_s"] > 0
     assert row["dtype"] == "float32"
-    assert "output_tok_s" in capsys.readouterr().out
+    assert "output_tok_s" in result.stdout

@@ -1,25 +1,18 @@
 """`generate` and `chat` with the real model, as a user runs them: processes, pipes, exit codes."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cli.small_engine import SMALL_ENGINE
+from tests.cli.small_engine import run_with_small_engine
 
 pytestmark = pytest.mark.model
-
-
-def run_jaxinfer(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jaxinfer.cli.main", *argv, *SMALL_ENGINE]
-    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=240)
 
 
 @pytest.mark.slow  # the next one differs by the chat template only
 def test_generate_completes_a_prompt(smollm2_gguf: Path):
     argv = ["-p", "The capital of France is", "--temperature", "0", "--max-tokens", "8"]
-    result = run_jaxinfer("generate", str(smollm2_gguf), *argv)
+    result = run_with_small_engine("generate", str(smollm2_gguf), *argv)
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
 
@@ -27,7 +20,7 @@ def test_generate_completes_a_prompt(smollm2_gguf: Path):
 def test_generate_takes_a_chat_message_from_stdin(smollm2_gguf: Path):
     argv = ["--chat", "--temperature", "0", "--max-tokens", "24"]
     question = "What is the capital of France?"
-    result = run_jaxinfer("generate", str(smollm2_gguf), *argv, stdin=question)
+    result = run_with_small_engine("generate", str(smollm2_gguf), *argv, stdin=question)
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
     assert "assistant" not in result.stdout
@@ -44,7 +37,7 @@ def test_chat_answers_each_line_and_survives_a_line_that_is_too_long(smollm2_ggu
         "never read",
     ]
     argv = ["--temperature", "0", "--max-tokens", "24"]
-    result = run_jaxinfer("chat", str(smollm2_gguf), *argv, stdin="\n".join(lines))
+    result = run_with_small_engine("chat", str(smollm2_gguf), *argv, stdin="\n".join(lines))
     assert result.returncode == 0, result.stderr
     assert "Paris" in result.stdout
     assert "Tokyo" in result.stdout

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import openai
 
+from tests.quick_xla import QUICK_XLA_FLAGS
+
 READY_WITHIN_S = 280.0
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -199,13 +201,15 @@ def _take_part(choice: Choice, part: dict[str, Any], frame: dict[str, Any]) -> N
 
 
 @contextmanager
-def serving(model: Path, *flags: str, key: str = "none") -> Iterator[Api]:
+def serving(
+    model: Path, *flags: str, key: str = "none", xla_flags: str = QUICK_XLA_FLAGS
+) -> Iterator[Api]:
     """Runs `jaxinfer serve MODEL FLAGS` on a free port until it is ready; ends it by SIGTERM."""
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxinfer.cli.main", "serve", str(model), "--port", "0", *flags],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": xla_flags},
         start_new_session=True,
     )
     assert process.stderr is not None

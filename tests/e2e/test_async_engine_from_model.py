@@ -13,6 +13,7 @@ from jaxinfer import AsyncEngine, SamplingParams
 from jaxinfer.engine.supervisor import SupervisionPolicy
 from jaxinfer.errors import EngineDeadError
 from tests.e2e.conftest import MAX_MODEL_LEN, MAX_NUM_SEQS
+from tests.quick_xla import QUICK_XLA_FLAGS
 
 ENGINE_ARGS = {
     "max_model_len": MAX_MODEL_LEN,
@@ -36,7 +37,8 @@ async def tokens(engine: AsyncEngine, started: asyncio.Event | None = None) -> l
 
 
 @pytest.fixture
-async def engine(tiny_model: Path) -> AsyncIterator[AsyncEngine]:
+async def engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[AsyncEngine]:
+    monkeypatch.setenv("XLA_FLAGS", QUICK_XLA_FLAGS)  # the server's: its programs are in the cache
     policy = SupervisionPolicy(max_restarts=1)
     engine = AsyncEngine.from_model(str(tiny_model), supervision=policy, **ENGINE_ARGS)
     await engine.start()

@@ -29,7 +29,7 @@ COUNT = "1, 2, 3, 4, 5, 6, 7,"  # even a small model goes on with " 8, 9, ..."
 
 @pytest.fixture(scope="module")
 def api(smollm2_gguf: Path) -> Iterator[Api]:
-    with serving(smollm2_gguf, *FLAGS) as server:
+    with serving(smollm2_gguf, *FLAGS, xla_flags="") as server:
         yield server
 
 

@@ -1,5 +1,7 @@
 """Filters and draws against a sorting reference (itself against transformers), and the CDF."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +30,8 @@ def _batch(filters: Filters, num: int):
     return unpack_sampling(jnp.asarray(words_SW))
 
 
-@jax.jit
+# Sixty examples of 1024 rows run longer than they compile.
+@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
 def _draw_row(logits_V, batch, bits_S):
     logits_SV = jnp.broadcast_to(logits_V, (bits_S.shape[0], logits_V.shape[0]))
     return draw_tokens(logits_SV, argmax_tokens(logits_SV), batch, bits_S)
