@@ -29,6 +29,9 @@ from target_checks.rows import MIB, Row, counted
 
 NUM_LAYERS = 2
 _MOST_MOVED = 1.1  # times the ideal
+# Products are not tuned without the GPU that will run them: those of few columns, as tensor
+# parallelism makes them, are split along K and leave float32 sums of parts.
+_MOST_MOVED_ON_GPUS = 1.4
 _ARGS_PER_LAYER = 9  # parameters and pages
 _OTHER_ARGS = 20
 
@@ -82,8 +85,9 @@ def ideal_bytes(engine: TargetEngine, bucket: Bucket) -> int:
 
     Each weight once, but for rows of the embedding that no token looks up; of each product its
     inputs and outputs once, and the residual stream read and written at each addition; float32
-    logits written and read. A chip that keeps some of these moves less. On a GPU norms and the
-    product of gate and up are operations of their own, with inputs and outputs.
+    logits written and read. A chip that keeps some of these moves less. On a GPU norms, the
+    product of gate and up and the sums over devices are operations of their own, with inputs and
+    outputs.
     """
     model, num_tokens = engine.model, bucket.num_tokens
     shape, tensor = model.definition.shape, engine.config.parallel.tensor_parallel_size
@@ -106,6 +110,8 @@ def ideal_bytes(engine: TargetEngine, bucket: Bucket) -> int:
     )
     if engine.target.chip.gpu is not None:
         per_token += 2 * 2 * model_dim + 2 * hidden_dim // tensor
+        if tensor > 1:
+            per_token += 2 * 2 * model_dim
     logits = 2 * 4 * bucket.num_seqs * table.shape[0] // tensor
     layers = shape.num_layers * num_tokens * per_token * item
     return weights_read(engine) + num_tokens * model_dim * item + layers + logits
@@ -155,7 +161,8 @@ def traffic_problems(
     found = []
     if traffic.page_bytes > rows:
         found.append(f"{traffic.page_bytes / MIB:.0f} MiB of pages moved beside the kernel")
-    if traffic.num_bytes > _MOST_MOVED * ideal:
+    most = _MOST_MOVED if engine.target.chip.gpu is None else _MOST_MOVED_ON_GPUS
+    if traffic.num_bytes > most * ideal:
         found.append(f"moves {traffic.num_bytes / ideal:.2f} times what it must")
     if traffic.num_bytes < weights_read(engine):
         found.append("moves less than the weights: the text was not understood")
