@@ -26,10 +26,12 @@ os.environ.update(COMPILER_ENVIRONMENT)  # before JAX is imported
 import argparse  # noqa: E402
 import json  # noqa: E402
 from collections.abc import Callable  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from concurrent.futures import ProcessPoolExecutor  # noqa: E402
+from concurrent.futures.process import BrokenProcessPool  # noqa: E402
 from dataclasses import replace  # noqa: E402
 from functools import partial  # noqa: E402
 from importlib.metadata import PackageNotFoundError, version  # noqa: E402
+from multiprocessing import get_context  # noqa: E402
 from typing import Any  # noqa: E402
 
 from target_checks.cases import (  # noqa: E402
@@ -71,8 +73,9 @@ def main() -> int:
     print(STEP_HEADER)
     bad = 0
     try:
-        with ThreadPoolExecutor(args.jobs, thread_name_prefix="compile") as pool:
-            for row in pool.map(lambda check: check(), checks):
+        # Processes: libtpu has crashed while it compiled two programs in one.
+        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+            for row in pool.map(_call, checks):
                 row = _judged(row, ledger, update=args.update)
                 bad += bool(row.problems)
                 print(show(row), flush=True)
@@ -81,8 +84,15 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenProcessPool:
+        print("error: a compiler's process ended; its log above says why.", file=sys.stderr)
+        return 1
     print(f"{len(checks)} programs, {bad} with problems", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _call(check: Check) -> Row:
+    return check()
 
 
 def _judged(row: Row, ledger: dict[str, Any], *, update: bool) -> Row:
