@@ -36,7 +36,12 @@ from jaxinfer.planner.topologies import Target
 from jaxinfer.planner.traffic import traffic_of
 from jaxinfer.runner.abstract import AbstractArrays, AbstractModel, abstract_arrays, make_abstract
 from jaxinfer.runner.buckets import Bucket
-from jaxinfer.runner.compiler import CompilerOptions, Program, compiler_options
+from jaxinfer.runner.compiler import (
+    CompilerOptions,
+    Program,
+    compile_lowered,
+    compiler_options,
+)
 from jaxinfer.runner.kernels import choose_engine_kernels, gpu_request, refuse_another
 from jaxinfer.runner.memory import MemoryNeeds, MemoryPlan, plan_memory
 from jaxinfer.runner.programs import step_program
@@ -239,7 +244,7 @@ def _compile(
         lowered = jax.jit(program.function, donate_argnums=program.donate).lower(*program.args)
         traced_s = time.perf_counter()
         own = compiler_options(config.device, num_workers=config.num_compile_workers)
-        compiled = lowered.compile(compiler_options={**own, **options})
+        compiled = compile_lowered(lowered, {**own, **options})
     return compiled, traced_s - start_s, time.perf_counter() - traced_s
 
 

@@ -6,17 +6,19 @@ cache, which also serves other settings and sources that come to the same progra
 and shapes, no model.
 """
 
+import re
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.logging import get_logger
@@ -44,7 +46,7 @@ class Program(NamedTuple):
 
     def compile(self, options: CompilerOptions) -> Compiled:
         lowered = jax.jit(self.function, donate_argnums=self.donate).lower(*self.args)
-        return lowered.compile(compiler_options=dict(options))
+        return compile_lowered(lowered, options)
 
     def describe(self) -> str:
         """All that its compilation depends on, besides the function."""
@@ -53,13 +55,37 @@ class Program(NamedTuple):
         return f"{tree} {shapes} {self.donate}"
 
 
+_TPU_OPTIONS: CompilerOptions = MappingProxyType(
+    {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}
+)
+_UNKNOWN_OPTION = re.compile(r"No such compile option: '([^']+)'")
+
+
+def compile_lowered(lowered: Lowered, options: CompilerOptions) -> Compiled:
+    """With the options that this compiler knows; they save time or memory, no result needs them."""
+    try:
+        return lowered.compile(compiler_options=dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        unknown = _UNKNOWN_OPTION.search(str(error))
+        if unknown is None or unknown[1] not in options:
+            raise
+    logger.warning("this compiler does not know %s: compiled without", unknown[1])
+    known = {name: value for name, value in options.items() if name != unknown[1]}
+    return compile_lowered(lowered, known)
+
+
 def compiler_options(platform: str, *, num_workers: int) -> CompilerOptions:
     """XLA options of a platform, for programs of which `num_workers` are compiled at a time.
+
+    TPU: tiles of 16-bit matrices as arguments have them, also inside of loops. A TPU7x has larger
+    ones otherwise, for which each prefill step copied the whole head (`docs/decisions/0016`).
 
     CPU: LLVM's cheaper passes. Matrix products are library calls there, and the loops in between
     run as fast (docs/benchlog.md), but a step compiles in 2/3 of the time. And no more parts of a
     program side by side than there are threads: each part costs, and the programs are parallel.
     """
+    if platform == "tpu":
+        return _TPU_OPTIONS
     if platform != "cpu":
         return {}
     return {

@@ -40,6 +40,15 @@ def test_donated_arguments_are_used_up():
     assert x.is_deleted()
 
 
+def test_an_option_that_the_compiler_does_not_know_is_left_out(caplog: pytest.LogCaptureFixture):
+    options = {"xla_backend_optimization_level": 1, "xla_no_such_option": True}
+    compiled = add(4).compile(options)
+    np.testing.assert_array_equal(compiled(np.ones(4, np.float32), np.ones(4, np.float32)), 2.0)
+    assert "does not know xla_no_such_option: compiled without" in caplog.text
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_backend_optimization_level"):
+        add(4).compile({"xla_backend_optimization_level": "many"})
+
+
 def test_the_first_error_is_raised():
     def broken(x: jax.Array) -> jax.Array:
         raise RuntimeError("no such layer")
