@@ -145,7 +145,7 @@ def test_long_prefills_may_move_more(steps, engines) -> None:
     from target_checks.cases import STEPS
 
     bounds = [steps.most_moved(engines[1], STEPS[step]) for step in ("decode", "mixed", "prefill")]
-    assert bounds == [1.1, 1.1, 1.25]
+    assert bounds == [1.1, 1.1, 1.3]
 
 
 def collective(kind: str, num_bytes: int) -> Collective:
