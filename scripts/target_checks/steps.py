@@ -29,13 +29,6 @@ from target_checks.rows import MIB, Row, counted
 
 NUM_LAYERS = 2
 _MOST_MOVED = 1.1  # times the ideal
-_LONG = 2048  # tokens
-# Of long prefills, where queries, keys and outputs change their order around the kernel and
-# the chip has no room for them: decisions/0016 says what would save it.
-_MOST_MOVED_IN_PREFILLS = 1.3
-# Products are not tuned without the GPU that will run them: those of few columns, as tensor
-# parallelism makes them, are split along K and leave float32 sums of parts.
-_MOST_MOVED_ON_GPUS = 1.4
 _ARGS_PER_LAYER = 9  # parameters and pages
 _OTHER_ARGS = 20
 
@@ -88,10 +81,10 @@ def ideal_bytes(engine: TargetEngine, bucket: Bucket) -> int:
     """What a step must move on one device, without the pages.
 
     Each weight once, but for rows of the embedding that no token looks up; of each product its
-    inputs and outputs once, and the residual stream read and written at each addition; inputs and
-    outputs of sums over devices; float32 logits written and read. A chip that keeps some of these
-    moves less. On a GPU norms and the product of gate and up are operations of their own, with
-    inputs and outputs.
+    inputs and outputs once, and the residual stream read and written at each addition; float32
+    logits written and read. A chip that keeps some of these moves less. On a GPU norms, the
+    product of gate and up and the sums over devices are operations of their own, with inputs and
+    outputs.
     """
     model, num_tokens = engine.model, bucket.num_tokens
     shape, tensor = model.definition.shape, engine.config.parallel.tensor_parallel_size
@@ -112,10 +105,10 @@ def ideal_bytes(engine: TargetEngine, bucket: Bucket) -> int:
         + (2 * hidden_dim // tensor + model_dim)
         + 2 * 2 * model_dim
     )
-    if tensor > 1:
-        per_token += 2 * 2 * model_dim
     if engine.target.chip.gpu is not None:
         per_token += 2 * 2 * model_dim + 2 * hidden_dim // tensor
+        if tensor > 1:
+            per_token += 2 * 2 * model_dim
     logits = 2 * 4 * bucket.num_seqs * table.shape[0] // tensor
     layers = shape.num_layers * num_tokens * per_token * item
     return weights_read(engine) + num_tokens * model_dim * item + layers + logits
@@ -158,13 +151,6 @@ def rows_written(engine: TargetEngine, bucket: Bucket) -> int:
     return 2 * len(engine.arrays.pages_L) * bucket.num_tokens * num_kv * width * item
 
 
-def most_moved(engine: TargetEngine, bucket: Bucket) -> float:
-    """Times what must move, a good program may move."""
-    if engine.target.chip.gpu is not None:
-        return _MOST_MOVED_ON_GPUS
-    return _MOST_MOVED if bucket.num_tokens < _LONG else _MOST_MOVED_IN_PREFILLS
-
-
 def traffic_problems(
     engine: TargetEngine, bucket: Bucket, traffic: Traffic, ideal: int
 ) -> list[str]:
@@ -172,7 +158,7 @@ def traffic_problems(
     found = []
     if traffic.page_bytes > rows_written(engine, bucket):
         found.append(f"{traffic.page_bytes / MIB:.0f} MiB of pages moved beside the kernel")
-    if traffic.num_bytes > most_moved(engine, bucket) * ideal:
+    if traffic.num_bytes > _MOST_MOVED * ideal:
         found.append(f"moves {traffic.num_bytes / ideal:.2f} times what it must")
     if traffic.num_bytes < weights_read(engine):
         found.append("moves less than the weights: the text was not understood")
