@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from jaxinfer.layers.batch_types import LayerContext, StepBatch
 from jaxinfer.layers.einsum import Einsum
+from jaxinfer.layers.layout import heads_first
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rope import RopeAngles, apply_rope
 from jaxinfer.parallel.rules import spec_of
@@ -68,16 +69,15 @@ class Attention(nnx.Module):
         self, x_TD: Array, pages_PKBC: Array, angles: RopeAngles, batch: StepBatch
     ) -> tuple[Array, Array]:
         """[T, D] and the layer's pages -> [T, D] and the pages with the step's K/V."""
-        qkv_TKRH = self.qkv(x_TD, num_rows=batch.num_tokens)
+        qkv_TKRH = heads_first(self.qkv(x_TD, num_rows=batch.num_tokens), self.mesh)
         group = self.config.queries_per_kv
-        # Queries and key together: apart, XLA:TPU shuffles them for longer than it turns them.
-        qk_TKRH, v_TKH = qkv_TKRH[:, :, : group + 1], qkv_TKRH[:, :, group + 1]
+        q_TKGH, k_TK1H, v_TK1H = jnp.split(qkv_TKRH, (group, group + 1), axis=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_TKGH = self.q_norm(qk_TKRH[:, :, :group])
-            qk_TKRH = jnp.concatenate([q_TKGH, self.k_norm(qk_TKRH[:, :, group:])], axis=2)
+            q_TKGH, k_TK1H = self.q_norm(q_TKGH), self.k_norm(k_TK1H)
         if self.config.use_rope:
-            qk_TKRH = apply_rope(qk_TKRH, angles)
-        q_TKGH, k_TKH = qk_TKRH[:, :, :group], qk_TKRH[:, :, group]
+            q_TKGH = heads_first(apply_rope(q_TKGH, angles), self.mesh)
+            k_TK1H = heads_first(apply_rope(k_TK1H, angles), self.mesh)
+        k_TKH, v_TKH = k_TK1H[:, :, 0], v_TK1H[:, :, 0]
         out_TKGH, pages_PKBC = self._attend(q_TKGH, k_TKH, v_TKH, pages_PKBC, batch)
         return self.out(out_TKGH, num_rows=batch.num_tokens), pages_PKBC
 

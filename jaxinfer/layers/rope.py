@@ -211,6 +211,30 @@ def shared_rope_angles(positions_T: Array, config: RopeConfig) -> RopeAngles:
 
 def apply_rope(x: Array, angles: RopeAngles) -> Array:
     """Rotates x [T, ..., H]; the pairs are (h, h + H/2), as in Hugging Face checkpoints."""
+    return jax.lax.platform_dependent(x, angles, tpu=rotate_by_product, default=_rotate)
+
+
+def rotate_by_product(x: Array, angles: RopeAngles) -> Array:
+    """For a TPU: its matrix unit moves a head's halves in the pass that turns them. Halves of
+    a register are cut and joined in several, with the head as float32 in memory between."""
+    half, extra = x.shape[-1] // 2, (1,) * (x.ndim - 2)
+    ones = np.eye(half, dtype=np.float32)
+    swap_HH = np.block([[np.zeros_like(ones), ones], [-ones, np.zeros_like(ones)]])
+    turned = jax.lax.dot_general(
+        x,
+        jnp.asarray(swap_HH, x.dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    cos, sin = (
+        jnp.concatenate([part_TH, part_TH], axis=-1).reshape(x.shape[0], *extra, 2 * half)
+        for part_TH in angles
+    )
+    return (x.astype(jnp.float32) * cos + turned * sin).astype(x.dtype)
+
+
+def _rotate(x: Array, angles: RopeAngles) -> Array:
     extra = (1,) * (x.ndim - 2)
     cos = angles.cos_TH.reshape(angles.cos_TH.shape[0], *extra, -1)
     sin = angles.sin_TH.reshape(cos.shape)

@@ -22,12 +22,13 @@ class CausalLM(Protocol):
     def __call__(
         self, token_ids_T: Array, pages_L: tuple[Array, ...], batch: StepBatch
     ) -> tuple[Array, tuple[Array, ...]]:
-        """int32 [T] and each layer's pages -> final hidden states [T, D] and the new pages."""
+        """int32 [T] and each layer's pages -> the last layer's output [T, D] and the new
+        pages."""
         ...
 
     def logits(self, hidden_SD: Array, *, num_rows: Array) -> Array:
-        """[S, D] -> float32 [S, V], split over the mesh by V, which may be padded beyond the
-        vocabulary.
+        """Rows of that output, [S, D] -> float32 [S, V], split over the mesh by V, which may be
+        padded beyond the vocabulary.
 
         Rows from `num_rows` (int32 scalar) on are padding.
         """

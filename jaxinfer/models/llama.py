@@ -100,9 +100,10 @@ class Llama(nnx.Module):
         for layer, pages_PKBC in zip(self.layers, pages_L, strict=True):
             x_TD, pages_PKBC = _run_layer(*nnx.split(layer), x_TD, pages_PKBC, angles, batch)
             new_pages_L.append(pages_PKBC)
-        return self.final_norm(x_TD), tuple(new_pages_L)
+        return x_TD, tuple(new_pages_L)
 
     def logits(self, hidden_SD: Array, *, num_rows: Array) -> Array:
+        hidden_SD = self.final_norm(hidden_SD)  # of the rows that are asked for
         if self.head is None:
             logits_SV = self.embedding.attend(hidden_SD, num_rows=num_rows)
         else:

@@ -4,8 +4,9 @@ XLA's own figure ("bytes accessed") cannot be compared with what must move: it c
 the chip, whole tables of which a few rows are read, both branches of a conditional, and the upper
 bound that a kernel gives its scheduler. Here an operation moves its operands and results that lie
 in memory (a TPU's program says which lie in VMEM instead), of a slice or gather what it takes, of
-an update what it writes; of a conditional the branch that moves less (greedy sampling, no
-log-probabilities); of a loop its body as often as XLA knows it to run, once otherwise.
+an update what it writes, of a fusion what its results need; of a conditional the branch that moves
+less (greedy sampling, no log-probabilities); of a loop its body as often as XLA knows it to run,
+once otherwise.
 
 A cache of pages is left out of the figure: what a kernel reads of it depends on the step. Instead
 `page_bytes` is what anything but kernels moves of it: nothing, or the step's own rows where XLA
@@ -32,6 +33,8 @@ _BRANCHES = re.compile(
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
+_PADDING = re.compile(r"window=\{[^}]*pad=([-\d_x]+)")
+_LABELS = re.compile(r"dim_labels=(\w+?)_")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 
 _FREE = frozenset(
@@ -40,6 +43,11 @@ _FREE = frozenset(
     reduce-scatter-done collective-permute-done async-update""".split()
 )
 _VIEWS = frozenset({"bitcast", "reshape", "copy", "transpose", "convert"})
+_SPREADS = frozenset({"pad", "concatenate"})  # elements to other places
+_NEEDS_ALL = frozenset(
+    """dot convolution reduce reduce-window sort reverse call custom-call scatter while
+    conditional map""".split()
+)
 _TAKES = frozenset({"gather", "slice", "dynamic-slice"})
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written
 
@@ -186,25 +194,63 @@ def _taken(
         return array.num_bytes
     parameter = f"parameter({operand})"
     start = next((inner for inner in body.values() if parameter in inner.attributes), None)
-    return array.num_bytes if start is None else min(array.num_bytes, _read_of(start, body))
+    if start is None:
+        return array.num_bytes
+    return math.ceil(array.num_bytes * _needed(start, body, {}))
 
 
-def _read_of(source: _Op, body: Mapping[str, _Op]) -> int:
-    """Bytes of a value inside a fusion that its users take."""
-    total = 0
-    for user in body.values():
-        if source.name not in user.operands:
-            continue
-        is_first = user.operands[0] == source.name
-        if user.opcode in _TAKES and is_first:
-            total += user.results[0].num_bytes
-        elif user.opcode in _UPDATES and is_first:
-            total += _size(body, user.operands[_UPDATES[user.opcode]])
-        elif user.opcode in _VIEWS:
-            total += _read_of(user, body)
-        else:
-            return source.results[0].num_bytes
-    return total
+def _needed(value: _Op, body: Mapping[str, _Op], known: dict[str, float]) -> float:
+    """The part of a value inside a fusion that the results need, at most 1: each element is
+    computed where it is used. `known` are those of other values."""
+    if value.is_root:
+        return 1.0
+    if value.name not in known:
+        elements = _elements(value)
+        needed = sum(
+            _needed_by(user, index, elements, body, known)
+            for user in body.values()
+            for index, name in enumerate(user.operands)
+            if name == value.name
+        )
+        known[value.name] = min(1.0, needed / max(elements, 1))
+    return known[value.name]
+
+
+def _needed_by(
+    user: _Op, operand: int, elements: int, body: Mapping[str, _Op], known: dict[str, float]
+) -> float:
+    """Elements of an operand of so many, that as much of `user` needs as is needed."""
+    if user.opcode in _UPDATES:
+        update = user.operands[_UPDATES[user.opcode]]
+        return _elements(body[update]) if operand == 0 and update in body else elements
+    part = _needed(user, body, known)
+    if user.opcode in _TAKES:
+        return part * _elements(user) if operand == 0 else elements
+    if user.opcode == "broadcast":
+        return min(elements, part * _elements(user))
+    if user.opcode == "convolution" and operand == 0:
+        return elements * _part_of_window(user, body)
+    if user.opcode in _NEEDS_ALL or user.opcode == "tuple":
+        return elements
+    if user.opcode in _VIEWS or user.opcode in _SPREADS or elements == _elements(user):
+        return part * elements
+    return elements
+
+
+def _part_of_window(op: _Op, body: Mapping[str, _Op]) -> float:
+    """Of a convolution's first operand: negative padding cuts (XLA's way to slice for it)."""
+    padding, labels = _PADDING.search(op.attributes), _LABELS.search(op.attributes)
+    if padding is None or labels is None:
+        return 1.0
+    dims, part = body[op.operands[0]].results[0].dims, 1.0
+    for nth, pair in enumerate(padding[1].split("x")):
+        cut = sum(min(0, int(size)) for size in pair.split("_"))
+        part *= 1 + cut / dims[labels[1].index(str(nth))]
+    return part
+
+
+def _elements(op: _Op) -> int:
+    return sum(math.prod(array.dims) for array in op.results)
 
 
 def _written(op: _Op, body: Mapping[str, _Op], ops: Mapping[str, _Op]) -> int | None:

@@ -21,8 +21,10 @@ tables stay in HBM (256 sequences of 128k tokens are 8 MiB, scalar memory is 1 M
 block needs come by a DMA of their own, further ahead. With a window, blocks and pages before it
 are skipped. Pages are changed in place: the kernels' output is their input's memory.
 
-*Shapes.* Queries are [N, K, Y, W]: the Y rows of a (block, kv head) are a whole operand of a matrix
-product, for decodes the group's heads, for chunks group times tokens. A page of a head is
+*Shapes.* Queries of decodes are [N, K, Y, W]: the Y rows of a (block, kv head), the group's heads,
+are a whole operand of a matrix product. Those of chunks, their outputs and all new keys and values
+are [.., K, T, ..]: so XLA has the projection write them, and the next one read them, without an
+operation to turn them; the copies of blocks put them in the products' order. A page of a head is
 [B, 2H], whole tiles for every head size from 64. For H = 64 queries are padded with zeros to the
 lanes they would fill anyway, and multiply keys and values at once; see attend_head.
 
@@ -126,12 +128,14 @@ def make_paged_attention(
             table=batch.work[2],
             interpret=interpret,
         )
-        # As stored, in 32 bits: rows of 32 bits can be moved to where they belong.
-        kv_TKC = rows_to_store(k_TKH, v_TKH, params, pages_PKBC.dtype).astype(jnp.float32)
+        kv_TKC = rows_to_store(k_TKH, v_TKH, params, pages_PKBC.dtype)
         num_first = min(num_tokens, layout.slots_S.shape[0])  # all decodes are among them
         q_NKYW = _decode_queries(q_TKGH[:num_first], shape)
         out_NKYW, pages_PKBC = call.decodes(
-            q_NKYW, kv_TKC[:num_first, :, None], pages_PKBC, Items(*batch.work[:2])
+            q_NKYW,
+            kv_TKC[:num_first, :, None].astype(jnp.float32),
+            pages_PKBC,
+            Items(*batch.work[:2]),
         )
         is_decode_T = jnp.arange(num_tokens) < layout.num_decodes
         decoded_TKGH = _head_lanes(out_NKYW[:, :, :group], shape)
@@ -147,13 +151,19 @@ def make_paged_attention(
             interpret=interpret,
         )
         query_block = _query_block(blocks, num_tokens)
-        q_NKYW = _chunk_queries(q_TKGH, shape, query_block)
-        out_NKYW = call.chunks(q_NKYW, pages_PKBC, Items(*batch.work[3:5]), query_block=query_block)
-        out_TKGH = _chunk_outputs(out_NKYW, shape, query_block)[:num_tokens]
-        spare = ((0, num_tokens - num_first), (0, 0), (0, 0), (0, 0))
+        q_TKGW = _to_lanes(_whole_blocks(q_TKGH, query_block), shape)
+        out_KGTW = call.chunks(
+            q_TKGW.transpose(1, 2, 0, 3),
+            pages_PKBC,
+            Items(*batch.work[3:5]),
+            query_block=query_block,
+        )
+        out_TKGH = _head_lanes(out_KGTW.transpose(2, 0, 1, 3), shape)[:num_tokens]
+        # In place, and what is left for all rows is a part of the product that reads them.
+        first_TKGH = _select(is_decode_T[:num_first], decoded_TKGH, out_TKGH[:num_first])
+        out_TKGH = out_TKGH.at[:num_first].set(first_TKGH)
         is_real_T = jnp.arange(num_tokens) < layout.query_starts_S1[layout.num_seqs]
-        out_TKGH = _select(is_real_T, out_TKGH, jnp.zeros_like(out_TKGH))
-        return _select(is_decode_T, jnp.pad(decoded_TKGH, spare), out_TKGH), pages_PKBC
+        return _select(is_real_T, out_TKGH, jnp.zeros_like(out_TKGH)), pages_PKBC
 
     return paged_attention
 
@@ -172,32 +182,22 @@ def _decode_queries(q_TKGH: Array, shape: AttentionShape) -> Array:
     return _to_lanes(q_NKYH, shape)
 
 
-def _chunk_queries(q_TKGH: Array, shape: AttentionShape, query_block: int) -> Array:
-    """Blocks of consecutive tokens, each head's together: row g * query_block + token."""
-    num_kv, group, head_dim = q_TKGH.shape[1:]
-    q_TKGH = jnp.pad(q_TKGH, ((0, -q_TKGH.shape[0] % query_block), (0, 0), (0, 0), (0, 0)))
-    q_NXKGH = q_TKGH.reshape(-1, query_block, num_kv, group, head_dim)
-    q_NKGXH = q_NXKGH.transpose(0, 2, 3, 1, 4)
-    return _to_lanes(q_NKGXH.reshape(-1, num_kv, group * query_block, head_dim), shape)
+def _whole_blocks(values: Array, size: int) -> Array:
+    """[T, ...] with zeros behind, T a multiple of `size`."""
+    spare = ((0, -values.shape[0] % size),) + ((0, 0),) * (values.ndim - 1)
+    return jnp.pad(values, spare)
 
 
-def _chunk_outputs(out_NKYW: Array, shape: AttentionShape, query_block: int) -> Array:
-    """The inverse: [T, K, G, H], T a multiple of the block."""
-    num_blocks, num_kv = out_NKYW.shape[:2]
-    out_NKYH = _head_lanes(out_NKYW, shape)
-    out_NKGXH = out_NKYH.reshape(num_blocks, num_kv, shape.group, query_block, shape.head_dim)
-    out_NXKGH = out_NKGXH.transpose(0, 3, 1, 2, 4)
-    return out_NXKGH.reshape(-1, num_kv, shape.group, shape.head_dim)
-
-
-def _to_lanes(q_NKYH: Array, shape: AttentionShape) -> Array:
+def _to_lanes(queries: Array, shape: AttentionShape) -> Array:
+    """[..., H] -> [..., W]."""
     spare = lane_width(shape.head_dim) - shape.head_dim
-    return jnp.pad(q_NKYH, ((0, 0), (0, 0), (0, 0), (0, spare)))
+    return jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, spare)))
 
 
-def _head_lanes(out_NKYW: Array, shape: AttentionShape) -> Array:
-    """The lanes of the output that are the weighted values; see attend_head."""
-    return out_NKYW[..., lane_width(shape.head_dim) - shape.head_dim :]
+def _head_lanes(outputs: Array, shape: AttentionShape) -> Array:
+    """The lanes of the output that are the weighted values, [..., W] -> [..., H]; see
+    attend_head."""
+    return outputs[..., lane_width(shape.head_dim) - shape.head_dim :]
 
 
 def _select(is_chosen_T: Array, chosen_TKGH: Array, other_TKGH: Array) -> Array:

@@ -139,7 +139,7 @@ class _Attention:
     def attend_head(self, at: Cursor, head: Array | int, *, masked: bool) -> None:
         """One turn of the online softmax."""
         config, scratch = self.config, self.scratch
-        query_YW = scratch.queries[self.query_place(at.item), head]
+        query_YW = self.query_YW(at.item, head)
         kv_JBC = scratch.keys[ring(at.step, config.num_buffers), :, head]
         kv_ZC = kv_JBC.reshape(config.keys, 2 * config.head_dim)
         dtype = compute_dtype(query_YW.dtype, kv_ZC.dtype)
@@ -165,6 +165,10 @@ class _Attention:
         weighted_YW = _matmul(weights_YZ.astype(dtype), value_ZW, contract_last=False)
         scratch.acc[head] = scratch.acc[head] * _widen(decay_YL, config.width) + weighted_YW
 
+    def query_YW(self, item: Array, head: Array | int) -> Array:
+        query = self.scratch.queries[self.query_place(item), head]
+        return query.reshape(self.config.rows, self.config.width)
+
     def visible_YZ(self, at: Cursor) -> Array:
         config = self.config
         shape = (config.rows, config.keys)
@@ -182,12 +186,17 @@ class _Attention:
         config, scratch, place = self.config, self.scratch, self.query_place(item)
         factor_YL = self.stream.inputs.factors[config.num_kv_heads + head] / scratch.sum[head]
         out_YW = scratch.acc[head] * _widen(factor_YL, config.width)
-        if not config.is_decode:
-            row_YW = lax.broadcasted_iota(jnp.int32, out_YW.shape, 0) & (config.query_block - 1)
-            is_own_YW = row_YW >= self.stream.field(item, ItemField.FIRST)
-            is_own_YW &= row_YW < self.stream.field(item, ItemField.END)
-            out_YW = jnp.where(is_own_YW, out_YW, scratch.out[place, head].astype(jnp.float32))
-        scratch.out[place, head] = out_YW.astype(scratch.out.dtype)
+        if config.is_decode:
+            scratch.out[place, head] = out_YW.astype(scratch.out.dtype)
+            return
+        row_XW = lax.broadcasted_iota(jnp.int32, (config.query_block, config.width), 0)
+        is_own_XW = row_XW >= self.stream.field(item, ItemField.FIRST)
+        is_own_XW &= row_XW < self.stream.field(item, ItemField.END)
+        for g in range(config.group):
+            out_XW = out_YW[g * config.query_block : (g + 1) * config.query_block]
+            others_XW = scratch.out[place, head, g].astype(jnp.float32)
+            out_XW = jnp.where(is_own_XW, out_XW, others_XW)
+            scratch.out[place, head, g] = out_XW.astype(scratch.out.dtype)
 
 
 def _run_step(attention: _Attention, at: Cursor, begin: Array, end: Array) -> None:
@@ -278,6 +287,8 @@ def scratch_of(config: AttendConfig, *, query_dtype: jnp.dtype, page_dtype: jnp.
     heads, buffers = config.num_kv_heads, config.num_query_buffers
     page = (heads, config.page_size, 2 * config.head_dim)
     block = (buffers, heads, config.rows, config.width)
+    if not config.is_decode:
+        block = (buffers, heads, config.group, config.query_block, config.width)
     new = tails = None
     if config.is_decode:
         new = pltpu.VMEM((buffers, heads, 1, page[2]), jnp.float32)

@@ -18,7 +18,7 @@ from pallas_kernels.paged_attention.quantized import logit_scale_K, value_scale_
 from pallas_kernels.paged_attention.tpu_attend import LOG2_E, attend_kernel, scratch_of
 from pallas_kernels.paged_attention.tpu_stream import AttendConfig, Inputs, in_hbm
 from pallas_kernels.paged_attention.tpu_work import Items
-from pallas_kernels.paged_attention.tuning import AttentionShape, TpuBlocks
+from pallas_kernels.paged_attention.tuning import AttentionShape, TpuBlocks, lane_width
 
 Interpret = pltpu.InterpretParams | bool
 """False compiles for a TPU; the others run anywhere, slowly."""
@@ -43,18 +43,21 @@ class AttendCall:
         out_NKYW, pages_PKBC = self._attend(inputs, query_block=1)
         return out_NKYW, pages_PKBC
 
-    def chunks(self, q_NKYW: Array, pages_PKBC: Array, items: Items, *, query_block: int) -> Array:
-        """[N, K, Y, W]; the pages have all keys and values already."""
-        inputs = self._inputs(q_NKYW, None, pages_PKBC, items)
-        (out_NKYW,) = self._attend(inputs, query_block=query_block)
-        return out_NKYW
+    def chunks(self, q_KGTW: Array, pages_PKBC: Array, items: Items, *, query_block: int) -> Array:
+        """[K, G, T, W], T a multiple of the block; the pages have all keys and values already.
+
+        Rows that are no chunk's hold anything.
+        """
+        inputs = self._inputs(q_KGTW, None, pages_PKBC, items)
+        (out_KGTW,) = self._attend(inputs, query_block=query_block)
+        return out_KGTW
 
     def _attend(self, inputs: Inputs, *, query_block: int) -> list[Array]:
         config = self._config(inputs, query_block=query_block)
         return _attend(inputs, config=config, blocks=self.blocks, interpret=self.interpret)
 
     def _inputs(
-        self, q_NKYW: Array, new_NK1C: Array | None, pages_PKBC: Array, items: Items
+        self, queries: Array, new_NK1C: Array | None, pages_PKBC: Array, items: Items
     ) -> Inputs:
         sinks_KG = self.params.sinks_KG
         return Inputs(
@@ -63,7 +66,7 @@ class AttendCall:
             factors=self._factors(),
             sinks=None if sinks_KG is None else sinks_KG.astype(jnp.float32).reshape(-1) * LOG2_E,
             table=self.table,
-            queries=q_NKYW,
+            queries=queries,
             new=new_NK1C,
             pages=pages_PKBC,
         )
@@ -76,20 +79,18 @@ class AttendCall:
         return jnp.concatenate([logits_K, value_scale_K(self.params, num_kv)])
 
     def _config(self, inputs: Inputs, *, query_block: int) -> AttendConfig:
-        blocks = self.blocks
+        blocks, is_decode = self.blocks, query_block == 1
         return AttendConfig(
             spec=self.spec,
             num_kv_heads=self.shape.num_kv_heads,
             group=self.shape.group,
             head_dim=self.shape.head_dim,
-            width=inputs.queries.shape[3],
+            width=lane_width(self.shape.head_dim),
             query_block=query_block,
-            rows=inputs.queries.shape[2],
+            rows=inputs.queries.shape[2] if is_decode else self.shape.group * query_block,
             page_size=self.shape.page_size,
             page_rows=self.shape.page_rows,
-            pages_per_block=(
-                blocks.pages_per_block if query_block == 1 else blocks.chunk_pages_per_block
-            ),
+            pages_per_block=(blocks.pages_per_block if is_decode else blocks.chunk_pages_per_block),
             num_buffers=blocks.num_buffers,
         )
 
@@ -99,7 +100,7 @@ class AttendCall:
 def _attend(
     inputs: Inputs, *, config: AttendConfig, blocks: TpuBlocks, interpret: Interpret
 ) -> list[Array]:
-    """The output [N, K, Y, W] and, of decodes, the pages."""
+    """The output, like the queries, and, of decodes, the pages."""
     inputs = inputs._replace(pages=in_hbm(inputs.pages), table=in_hbm(inputs.table))
     queries, pages = inputs.queries, inputs.pages
     smem, anywhere = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
@@ -140,17 +141,19 @@ def _attend(
 def _cost(inputs: Inputs, config: AttendConfig) -> pl.CostEstimate:
     """An upper bound, for XLA's scheduler, which compiles for any contents of a step: each block
     of queries sees as many keys as a row of the page table has, and decodes share no pages."""
-    num_blocks, num_kv, rows, width = inputs.queries.shape
+    num_blocks = inputs.queries.shape[0]
+    if not config.is_decode:
+        num_blocks = inputs.queries.shape[2] // config.query_block
     num_columns = inputs.table.shape[1] * inputs.table.shape[3]
     num_pages = inputs.pages.shape[0]
     read = num_blocks * min(num_columns, num_pages)
     if config.is_decode:
         read = min(read, num_pages)
-    products = read * config.page_size * num_kv * rows
+    products = read * config.page_size * config.num_kv_heads * config.rows
     page_bytes = inputs.pages.size // num_pages * inputs.pages.dtype.itemsize
     queries = inputs.queries.size * inputs.queries.dtype.itemsize
     return pl.CostEstimate(
-        flops=4 * products * width,
+        flops=4 * products * config.width,
         transcendentals=products,
         bytes_accessed=read * page_bytes + 2 * queries,
     )

@@ -3,7 +3,8 @@
 Knows what is where and when it may be overwritten; knows no arithmetic (tpu_attend.py).
 
 Letters: those of api.py, and N blocks of queries, Y rows of one (group * tokens, tokens fastest),
-J pages of a block of keys, R rows of a page that are written together, W lanes of a query.
+X tokens of one, J pages of a block of keys, R rows of a page that are written together, W lanes of
+a query.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,7 +74,7 @@ class Inputs(NamedTuple):
     factors: Ref  # SMEM float32 [2 K]: of logits, in powers of two; of values
     sinks: Ref  # None or SMEM float32 [K G], in powers of two
     table: Ref  # HBM int32 [R, chunks, 1, TABLE_CHUNK]
-    queries: Ref  # HBM [N, K, Y, W]
+    queries: Ref  # HBM [N, K, Y, W]; of chunks [K, G, T, W]
     new: Ref  # None or HBM float32 [N, K, 1, C]: a decode's own key and value
     pages: Ref  # HBM [P, K, B, C]
 
@@ -81,7 +82,7 @@ class Inputs(NamedTuple):
 class Outputs(NamedTuple):
     """Of the kernel."""
 
-    out: Ref  # HBM [N, K, Y, W]
+    out: Ref  # HBM, like the queries
     pages: Ref  # None or HBM, the memory of the input
 
 
@@ -90,8 +91,8 @@ class Scratch(NamedTuple):
 
     keys: Ref  # VMEM [buffers, J, K, B, C]
     table: Ref  # SMEM int32 [TABLE_BUFFERS, 1, TABLE_CHUNK]
-    queries: Ref  # VMEM [query buffers, K, Y, W]
-    out: Ref  # VMEM [query buffers, K, Y, W]
+    queries: Ref  # VMEM [query buffers, K, Y, W]; of chunks [query buffers, K, G, X, W]
+    out: Ref  # VMEM, likewise
     new: Ref  # None or VMEM float32 [query buffers, K, 1, C]
     tails: Ref  # None or VMEM [query buffers, K, R, C]: on their way to pages
     max: Ref  # VMEM float32 [K, Y, LANES]: the softmax's running state
@@ -248,12 +249,17 @@ class Stream:
         inputs, scratch = self.inputs, self.scratch
         place = ring(block, self.config.num_query_buffers)
         sem = scratch.queries_sems.at[place]
-        copies = [
-            pltpu.make_async_copy(inputs.queries.at[block], scratch.queries.at[place], sem),
-        ]
+        queries = self._block_of(inputs.queries, block)
+        copies = [pltpu.make_async_copy(queries, scratch.queries.at[place], sem)]
         if inputs.new is not None and scratch.new is not None:
             copies.append(pltpu.make_async_copy(inputs.new.at[block], scratch.new.at[place], sem))
         return copies
+
+    def _block_of(self, array: Ref, block: Array) -> Ref:
+        """A block of queries, or of outputs."""
+        if self.config.is_decode:
+            return array.at[block]
+        return array.at[:, :, tile_rows(block, self.config.query_block), :]
 
     def start_out(self, block: Array) -> None:
         self._out_copy(block).start()
@@ -272,9 +278,8 @@ class Stream:
 
     def _out_copy(self, block: Array) -> Copy:
         place = ring(block, self.config.num_query_buffers)
-        return pltpu.make_async_copy(
-            self.scratch.out.at[place], self.outputs.out.at[block], self.scratch.out_sems.at[place]
-        )
+        out, sem = self._block_of(self.outputs.out, block), self.scratch.out_sems.at[place]
+        return pltpu.make_async_copy(self.scratch.out.at[place], out, sem)
 
     def _tail_copy(self, block: Array) -> Copy:
         """Of the rows around a decode's new token to their page; its item is its block."""

@@ -2,8 +2,9 @@
 
 Knows rows and pages; knows no attention. A write is of the rows of one tile of a page: rows that
 are not the step's own are read first and written back as they are. Writes are independent, so
-that a ring of them is on its way at once. The new rows lie in the step's order, their page's rows
-begin elsewhere: rows of 32 bits can be loaded from any place, narrower ones cannot.
+that a ring of them is on its way at once. The new rows lie in the step's order, and their page's
+rows begin elsewhere: whole tiles around them are copied and moved to their place as float32, since
+narrower rows cannot be moved one by one.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.paged_attention.tpu_stream import Copy, Ref, in_hbm, rem, ring, tile_rows
 from pallas_kernels.paged_attention.tpu_work import WriteField, Writes
 
-_SUBLANES = 8
 _BUFFERS = 8
 _AHEAD = _BUFFERS // 2
 
@@ -27,10 +27,10 @@ _AHEAD = _BUFFERS // 2
 class _Refs(NamedTuple):
     writes: Ref  # SMEM int32 [COUNT * number of writes]
     bounds: Ref  # SMEM int32 [cores + 1]
-    new: Ref  # HBM float32 [K, T + R + spare, C], R rows before the first token
+    new: Ref  # HBM 16 or 32 bits, [K, T, C]
     pages_in: Ref
     pages: Ref  # HBM [P, K, B, C]
-    new_ring: Ref  # VMEM float32 [buffers, K, R + 8, C]
+    new_ring: Ref  # VMEM [buffers, K, R + a tile, C]
     page_ring: Ref  # VMEM [buffers, K, R, C]
     new_sems: Ref
     old_sems: Ref
@@ -46,9 +46,11 @@ class _WriteKernel:
         num_writes = self.refs.writes.shape[0] // WriteField.COUNT
         return self.refs.writes[field * num_writes + write]
 
-    def first_row(self, write: Array) -> Array:
-        """Row of `new` that goes to the write's first row."""
-        return self.field(write, WriteField.TOKEN) + self.rows
+    def first_copied(self, write: Array) -> Array:
+        """Of the rows of `new` that are copied: they begin with a tile, and are all there."""
+        tile, token = _tile_rows(self.refs.new.dtype), self.field(write, WriteField.TOKEN)
+        last = self.refs.new.shape[1] - self.refs.new_ring.shape[2]
+        return pl.multiple_of(jnp.clip(token - (token & (tile - 1)), 0, last), tile)
 
     def is_partial(self, write: Array) -> Array:
         first, end = self.field(write, WriteField.FIRST), self.field(write, WriteField.END)
@@ -61,10 +63,9 @@ class _WriteKernel:
 
     def new_copy(self, write: Array) -> Copy:
         slot = ring(write, _BUFFERS)
-        row = self.first_row(write)
-        row = pl.multiple_of(row - rem(row, _SUBLANES), _SUBLANES)
+        rows = pl.ds(self.first_copied(write), self.refs.new_ring.shape[2])
         return pltpu.make_async_copy(
-            self.refs.new.at[:, pl.ds(row, self.rows + _SUBLANES), :],
+            self.refs.new.at[:, rows, :],
             self.refs.new_ring.at[slot],
             self.refs.new_sems.at[slot],
         )
@@ -102,15 +103,17 @@ class _WriteKernel:
         def _() -> None:
             self.old_copy(write).wait()
 
-        length = self.rows + _SUBLANES
-        shift = rem(length - rem(self.first_row(write), _SUBLANES), length)
+        length = refs.new_ring.shape[2]
+        token = self.field(write, WriteField.TOKEN)
+        shift = rem(self.first_copied(write) - token + length, length)
         first, end = self.field(write, WriteField.FIRST), self.field(write, WriteField.END)
         shape = refs.page_ring.shape[2:]
         row_RC = lax.broadcasted_iota(jnp.int32, shape, 0)
         is_new_RC = (row_RC >= first) & (row_RC < end)
 
         def merge_head(head: Array, _: None) -> None:
-            new_RC = pltpu.roll(refs.new_ring[slot, head], shift, axis=0)[: self.rows]
+            copied = refs.new_ring[slot, head].astype(jnp.float32)
+            new_RC = pltpu.roll(copied, shift, axis=0)[: shape[0]]
             old_RC = refs.page_ring[slot, head].astype(jnp.float32)
             merged_RC = jnp.where(is_new_RC, new_RC, old_RC)
             refs.page_ring[slot, head] = merged_RC.astype(refs.page_ring.dtype)
@@ -136,6 +139,11 @@ class _WriteKernel:
         )
 
 
+def _tile_rows(dtype: jnp.dtype) -> int:
+    """Of 32 or 16 bits."""
+    return 32 // dtype.itemsize
+
+
 def _kernel(rows: int, *refs: Ref) -> None:
     kernel = _WriteKernel(_Refs(*refs), rows)
     core = pl.program_id(0)
@@ -153,11 +161,14 @@ def write_chunks(
     num_cores: int,
     interpret: pltpu.InterpretParams | bool,
 ) -> Array:
-    """The pages with the step's rows, float32 [T, K, C], in their places."""
-    num_tokens = kv_TKC.shape[0]
-    spare = rows + _SUBLANES + -num_tokens % _SUBLANES
-    new_KTC = jnp.pad(kv_TKC.swapaxes(0, 1), ((0, 0), (rows, spare), (0, 0)))
+    """The pages with the step's rows, [T, K, C] as pages hold them, in their places."""
     _, num_kv, _, width = pages_PKBC.shape
+    if kv_TKC.dtype.itemsize == 1:  # exact, and all that is loaded has tiles of two kinds
+        kv_TKC = kv_TKC.astype(jnp.bfloat16)
+    num_tokens, tile = kv_TKC.shape[0], _tile_rows(kv_TKC.dtype)
+    length = rows + tile
+    spare = max(length - num_tokens, -num_tokens % tile)
+    new_KTC = jnp.pad(kv_TKC.swapaxes(0, 1), ((0, 0), (0, spare), (0, 0)))
     smem = pl.BlockSpec(memory_space=pltpu.SMEM)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
@@ -168,7 +179,7 @@ def write_chunks(
         out_specs=hbm,
         out_shape=jax.ShapeDtypeStruct(pages_PKBC.shape, pages_PKBC.dtype),
         scratch_shapes=[
-            pltpu.VMEM((_BUFFERS, num_kv, rows + _SUBLANES, width), jnp.float32),
+            pltpu.VMEM((_BUFFERS, num_kv, length, width), new_KTC.dtype),
             pltpu.VMEM((_BUFFERS, num_kv, rows, width), pages_PKBC.dtype),
             *[pltpu.SemaphoreType.DMA((_BUFFERS,))] * 3,
         ],

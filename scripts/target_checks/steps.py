@@ -82,9 +82,10 @@ def ideal_bytes(engine: TargetEngine, bucket: Bucket) -> int:
 
     Each weight once, but for rows of the embedding that no token looks up; of each product its
     inputs and outputs once, and the residual stream read and written at each addition; float32
-    logits written and read. A chip that keeps some of these moves less. On a GPU norms, the
-    product of gate and up and the sums over devices are operations of their own, with inputs and
-    outputs.
+    logits written and read. A sum over devices is an operation of its own, with input and output,
+    and stands between a product and its addition, which then reads its other input, too. On a GPU
+    that is always so, and norms and the product of gate and up are operations of their own. A chip
+    that keeps some of these moves less.
     """
     model, num_tokens = engine.model, bucket.num_tokens
     shape, tensor = model.definition.shape, engine.config.parallel.tensor_parallel_size
@@ -105,13 +106,17 @@ def ideal_bytes(engine: TargetEngine, bucket: Bucket) -> int:
         + (2 * hidden_dim // tensor + model_dim)
         + 2 * 2 * model_dim
     )
-    if engine.target.chip.gpu is not None:
+    is_gpu, is_split = engine.target.chip.gpu is not None, tensor > 1
+    if is_gpu:
         per_token += 2 * 2 * model_dim + 2 * hidden_dim // tensor
-        if tensor > 1:
-            per_token += 2 * 2 * model_dim
+    if is_gpu or is_split:
+        per_token += 2 * model_dim
+    sums = 2 * model_dim if is_split else 0
+    per_token += 2 * sums
     logits = 2 * 4 * bucket.num_seqs * table.shape[0] // tensor
     layers = shape.num_layers * num_tokens * per_token * item
-    return weights_read(engine) + num_tokens * model_dim * item + layers + logits
+    embedding = num_tokens * (model_dim + sums) * item
+    return weights_read(engine) + embedding + layers + logits
 
 
 def weights_read(engine: TargetEngine) -> int:

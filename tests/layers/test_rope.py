@@ -10,6 +10,7 @@ from jaxinfer.layers.rope import (
     apply_rope,
     rope_angles,
     rope_from_hf,
+    rotate_by_product,
     shared_rope_angles,
 )
 
@@ -53,6 +54,17 @@ def test_positions_are_exact_in_bfloat16_models(position: int):
     found = apply_rope(jnp.asarray(x_TNH, jnp.bfloat16), angles)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(found, np.float32), rotate(x_TNH, [position]), atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_tpus_product_turns_the_same(dtype: jnp.dtype):
+    x = jnp.asarray(normal(5, 3, 2, HEAD_DIM), dtype)
+    angles = rope_angles(jnp.arange(5, dtype=jnp.int32), PLAIN)
+    found = rotate_by_product(x, angles)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(apply_rope(x, angles), np.float32), rtol=1e-6
+    )
 
 
 def test_the_attention_factor_scales_cosines_and_sines():

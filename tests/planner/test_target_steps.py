@@ -95,13 +95,15 @@ def test_memory(steps, engines, decode, change: dict, words: str) -> None:
 
 
 def test_what_must_move(steps, engines, decode) -> None:
-    """By hand: of a layer 1/8 of 416 MiB and two norms, 1/8 of the head, activations, logits."""
+    """By hand: of a layer 1/8 of 416 MiB and two norms, 1/8 of the head, activations, logits; five
+    sums over devices, there and back, and the other input of four additions."""
     layer = (4096 * (6144 + 4096 + 2 * 14336 + 14336)) * 2 // 8 + 2 * 4096 * 2
     head = 4096 * VOCAB * 2 // 8 + 4096 * 2
     token = 2 * (8 * 4096 + 2 * 6144 // 8 + 2 * 4096 // 8 + 4 * 14336 // 8)
     ideal = steps.ideal_bytes(engines[1], decode)
     by_hand = 2 * layer + head + 64 * 4096 * 2 + 2 * 64 * token + 2 * 4 * 64 * VOCAB // 8
-    assert ideal == pytest.approx(by_hand, rel=0.01)
+    by_hand += (5 * 2 + 4) * 64 * 4096 * 2
+    assert ideal == pytest.approx(by_hand, rel=0.001)
 
 
 @pytest.mark.parametrize(
@@ -122,14 +124,14 @@ def test_traffic(steps, engines, decode, times: float, page_bytes: int, words: s
 
 
 def test_a_gpu_writes_rows_and_runs_more_operations(steps, engines, decode) -> None:
-    """By hand: 64 rows of a head in two layers, there and back; a layer has two norms, two sums
-    over devices, and silu(gate) * up."""
+    """By hand: 64 rows of a head in two layers, there and back; a layer has two norms and
+    silu(gate) * up."""
     on_tpus = engines[1]
     on_gpus = on_tpus._replace(target=parse_topology("h100x8"))
     assert steps.rows_written(on_tpus, decode) == 0
     assert steps.rows_written(on_gpus, decode) == 2 * 2 * 64 * 2 * 128 * 2
     more = steps.ideal_bytes(on_gpus, decode) - steps.ideal_bytes(on_tpus, decode)
-    assert more == 2 * 64 * (8 * 4096 + 2 * 14336 // 8) * 2
+    assert more == 2 * 64 * (4 * 4096 + 2 * 14336 // 8) * 2
     rows = steps.rows_written(on_gpus, decode)
     ideal = steps.ideal_bytes(on_gpus, decode)
     cases = ((1.09, rows, True), (1.2, 0, False), (1.09, rows + 1, False))

@@ -69,6 +69,60 @@ def test_of_a_table_the_rows_that_are_looked_up() -> None:
     assert moved(TABLE, indices, "ROOT %f = f32[2,256]{1,0} gather(%t, %i)") == 4 * ROW
 
 
+CUTS = """
+%cuts (p: f32[8,4,256]) -> f32[8,1,256] {
+  %p = f32[8,4,256]{2,1,0} parameter(0)
+  %n = f32[8,4,256]{2,1,0} negate(%p)
+  %low = f32[8,1,256]{2,1,0} slice(%n), slice={[0:8], [0:1], [0:256]}
+  %high = f32[8,1,256]{2,1,0} slice(%n), slice={[0:8], [3:4], [0:256]}
+  ROOT %s = f32[8,1,256]{2,1,0} add(%low, %high)
+}
+
+%spreads (p: f32[8,256]) -> f32[8,4,256] {
+  %p = f32[8,256]{1,0} parameter(0)
+  %b = f32[8,4,256]{2,1,0} broadcast(%p), dimensions={0,2}
+  ROOT %c = f32[8,4,256]{2,1,0} copy(%b)
+}
+
+%narrows (p: f32[8,4,256]) -> bf16[8,4,256] {
+  %p = f32[8,4,256]{2,1,0} parameter(0)
+  ROOT %c = bf16[8,4,256]{2,1,0} convert(%p)
+}
+
+%turns (p: f32[8,1,4,256], w: f32[256,256,1,1]) -> f32[8,1,3,256] {
+  %p = f32[8,1,4,256]{3,2,1,0} parameter(0)
+  %w = f32[256,256,1,1]{3,2,1,0} parameter(1)
+  ROOT %y = f32[8,1,3,256]{3,2,1,0} convolution(%p, %w), window={size=1x1 pad=0_0x0_-1}, dim_labels=b01f_io01->b01f
+}
+
+%contracts (p: f32[8,256]) -> f32[8,1] {
+  %p = f32[8,256]{1,0} parameter(0)
+  %all = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  ROOT %s = f32[8,1]{1,0} slice(%all), slice={[0:8], [0:1]}
+}
+"""  # noqa: E501
+
+
+def test_a_fusion_reads_what_its_results_need() -> None:
+    four = "%x = f32[8,4,256]{2,1,0} parameter(0)"
+    cut = "ROOT %f = f32[8,1,256]{2,1,0} fusion(%x), kind=kLoop, calls=%cuts"
+    assert moved(four, cut, others=CUTS) == (2 + 1) * 8 * ROW
+    one = "%x = f32[8,256]{1,0} parameter(0)"
+    spread = "ROOT %f = f32[8,4,256]{2,1,0} fusion(%x), kind=kLoop, calls=%spreads"
+    assert moved(one, spread, others=CUTS) == (1 + 4) * 8 * ROW
+    narrow = "ROOT %f = bf16[8,4,256]{2,1,0} fusion(%x), kind=kLoop, calls=%narrows"
+    assert moved(four, narrow, others=CUTS) == (4 + 2) * 8 * ROW
+    contract = "ROOT %f = f32[8,1]{1,0} fusion(%x), kind=kOutput, calls=%contracts"
+    assert moved(one, contract, others=CUTS) == 8 * ROW + 8 * 4
+
+
+def test_a_convolution_does_not_read_what_its_padding_cuts() -> None:
+    x = "%x = f32[8,1,4,256]{3,2,1,0} parameter(0)"
+    weights = "%w = f32[256,256,1,1]{3,2,1,0:S(1)} parameter(1)"
+    turn = "ROOT %f = f32[8,1,3,256]{3,2,1,0} fusion(%x, %w), kind=kOutput, calls=%turns"
+    assert moved(x, weights, turn, others=CUTS) == (3 + 3) * 8 * ROW
+
+
 def test_of_an_update_in_place_what_is_written() -> None:
     operands = "%u = f32[1,256]{1,0:S(1)} parameter(1)", "%i = s32[]{:S(6)} parameter(2)"
     fusion = "ROOT %f = f32[4096,256]{1,0} fusion(%t, %u, %i), kind=kLoop, calls=%updates"
