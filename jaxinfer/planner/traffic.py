@@ -45,7 +45,7 @@ _FREE = frozenset(
 _VIEWS = frozenset({"bitcast", "reshape", "copy", "transpose", "convert"})
 _SPREADS = frozenset({"pad", "concatenate"})  # elements to other places
 _NEEDS_ALL = frozenset(
-    """dot convolution reduce reduce-window sort reverse call custom-call scatter while
+    """dot convolution reduce-window sort reverse call custom-call scatter while
     conditional map""".split()
 )
 _TAKES = frozenset({"gather", "slice", "dynamic-slice"})
@@ -232,7 +232,8 @@ def _needed_by(
         return elements * _part_of_window(user, body)
     if user.opcode in _NEEDS_ALL or user.opcode == "tuple":
         return elements
-    if user.opcode in _VIEWS or user.opcode in _SPREADS or elements == _elements(user):
+    is_shared_out = user.opcode in _VIEWS or user.opcode in _SPREADS or user.opcode == "reduce"
+    if is_shared_out or elements == _elements(user):
         return part * elements
     return elements
 
