@@ -1,4 +1,8 @@
-"""The HTTP part of scripts/profile_host.py: a real server around a device that takes no time."""
+"""The HTTP part of scripts/profile_host.py: a real server around a device that takes no time.
+
+What HTTP costs a request is what the server spends on it, less what AsyncEngine alone spends on
+the same prompt; both are measured in turn, in one process.
+"""
 
 import argparse
 import asyncio
@@ -16,10 +20,15 @@ from aiohttp import web
 from host_parts import tiny_config, write_tiny_model
 
 from jaxinfer.config.schema import EngineConfig, ServerConfig
+from jaxinfer.core.sampling_params import SamplingParams
 from jaxinfer.engine.async_engine import AsyncEngine
 from jaxinfer.engine.client import ProcessClient
 from jaxinfer.server.app import create_app, make_runner
 from jaxinfer.tokenizer.tokenizer import load_tokenizer
+
+
+PROMPT = "The quick brown fox jumps over the lazy dog. "
+_ROUNDS = 7
 
 
 class Load(NamedTuple):
@@ -34,13 +43,12 @@ class Load(NamedTuple):
 
 def client_main(port: int, load: Load) -> None:
     """A process of its own, so that its time is not counted: sends, counts frames, prints JSON."""
-    prompt = "The quick brown fox jumps over the lazy dog. "
     body: dict[str, Any] = {"max_tokens": load.max_tokens, "stream": load.stream, "temperature": 0}
     body["ignore_eos"] = True
     if load.path.endswith("chat/completions"):
-        body["messages"] = [{"role": "user", "content": prompt}]
+        body["messages"] = [{"role": "user", "content": PROMPT}]
     else:
-        body["prompt"] = prompt
+        body["prompt"] = PROMPT
     payload = json.dumps(body).encode()
     head = f"POST {load.path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     request = f"{head}Content-Length: {len(payload)}\r\n\r\n".encode() + payload
@@ -81,8 +89,28 @@ async def _measure_load(port: int, load: Load) -> dict[str, float]:
     return {"cpu_s": cpu_s, "requests": load.streams * load.requests, **json.loads(told)}
 
 
-async def _with_server(config: EngineConfig, directory: Path, factory: str, loads: list[Load]):
-    """The results of the loads against a server in this process."""
+async def _measure_engine(engine: AsyncEngine, load: Load) -> float:
+    """Processor seconds of a request of the load, asked of the engine without HTTP."""
+    params = SamplingParams(max_tokens=load.max_tokens, temperature=0.0, ignore_eos=True)
+
+    async def one_stream(stream: int) -> None:
+        for number in range(load.requests):
+            outputs = engine.generate(
+                PROMPT, params, request_id=f"{stream}-{number}", output_kind="final"
+            )
+            async for _ in outputs:
+                pass
+
+    cpu_s = time.process_time()
+    await asyncio.gather(*(one_stream(stream) for stream in range(load.streams)))
+    return (time.process_time() - cpu_s) / (load.streams * load.requests)
+
+
+async def _with_server(
+    config: EngineConfig, directory: Path, factory: str, loads: list[Load]
+) -> list[dict[str, float]]:
+    """The results of the loads against a server in this process: medians, each beside what the
+    engine alone spends on a request where the answer is not streamed."""
     client = ProcessClient(config, runner_factory=f"host_parts:{factory}", log_level="error")
     engine = AsyncEngine(client, load_tokenizer(directory), "tiny")
     await engine.start()
@@ -94,10 +122,23 @@ async def _with_server(config: EngineConfig, directory: Path, factory: str, load
     try:
         gc.collect()
         gc.freeze()
-        return [await _measure_load(port, load) for load in loads]
+        return [await _measure(engine, port, load) for load in loads]
     finally:
         await runner.cleanup()
         await engine.close()
+
+
+async def _measure(engine: AsyncEngine, port: int, load: Load) -> dict[str, float]:
+    if load.stream:
+        return await _measure_load(port, load)
+    rounds = []
+    for _ in range(_ROUNDS):
+        engine_s = await _measure_engine(engine, load)
+        result = await _measure_load(port, load)
+        request_s = result["cpu_s"] / result["requests"]
+        times = {"request_s": request_s, "engine_s": engine_s, "http_s": request_s - engine_s}
+        rounds.append({**result, **times})
+    return {name: statistics.median(result[name] for result in rounds) for name in rounds[0]}
 
 
 def profile_http(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
@@ -108,10 +149,10 @@ def profile_http(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
     print("processor time of the server's process; latency as the client sees it")
     logging.getLogger("jaxinfer").setLevel(logging.ERROR)
     for path in ("/v1/completions", "/v1/chat/completions"):
-        warm_up = Load(path, 1, 50, 1, stream=False)
-        one = Load(path, 1, 300, 1, stream=False)
-        many = Load(path, 16, 60, 1, stream=False)
-        instant = [warm_up, one, many, one._replace(stream=True)]
+        warm_up = Load(path, 1, 20, 1, stream=False)
+        one = Load(path, 1, 150, 1, stream=False)
+        many = Load(path, 16, 30, 1, stream=False)
+        instant = [warm_up, one, many, one._replace(requests=300, stream=True)]
         _, alone, together, streamed = asyncio.run(
             _with_server(config, directory, "build_instant", instant)
         )
@@ -120,8 +161,10 @@ def profile_http(args: argparse.Namespace, directory: Path) -> dict[str, Any]:
         per_request_s = streamed["cpu_s"] / streamed["requests"]
         tokens = args.num_seqs * num_tokens
         row = {
-            "request_cpu_us": alone["cpu_s"] / alone["requests"] * 1e6,
-            "request_cpu_us_at_16": together["cpu_s"] / together["requests"] * 1e6,
+            "request_cpu_us": alone["request_s"] * 1e6,
+            "of_which_http_us": alone["http_s"] * 1e6,
+            "request_cpu_us_at_16": together["request_s"] * 1e6,
+            "of_which_http_us_at_16": together["http_s"] * 1e6,
             "request_latency_us": alone["median_s"] * 1e6,
             "streamed_request_cpu_us": per_request_s * 1e6,
             "token_cpu_us": (paced["cpu_s"] - args.num_seqs * per_request_s) / tokens * 1e6,
