@@ -26,7 +26,6 @@ from jaxinfer.engine.client import ProcessClient
 from jaxinfer.server.app import create_app, make_runner
 from jaxinfer.tokenizer.tokenizer import load_tokenizer
 
-
 PROMPT = "The quick brown fox jumps over the lazy dog. "
 _ROUNDS = 7
 

@@ -6,7 +6,8 @@ bound that a kernel gives its scheduler. Here an operation moves its operands an
 in memory (a TPU's program says which lie in VMEM instead), of a slice or gather what it takes, of
 an update what it writes, of a fusion what its results need; of a conditional the branch that moves
 less (greedy sampling, no log-probabilities); of a loop its body as often as XLA knows it to run,
-once otherwise.
+once otherwise. What was written a moment ago a GPU reads from its L2 cache; its program does not
+say so, but it is so if little was moved in between.
 
 A cache of pages is left out of the figure: what a kernel reads of it depends on the step. Instead
 `page_bytes` is what anything but kernels moves of it: nothing, or the step's own rows where XLA
@@ -18,7 +19,7 @@ Knows the syntax of XLA's HLO text; imports nothing of JAX.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{\s*$")
@@ -41,6 +42,10 @@ _FREE = frozenset(
     """parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota
     opt-barrier copy-done slice-done async-done call-done all-reduce-done all-gather-done
     reduce-scatter-done collective-permute-done async-update""".split()
+)
+_NAMES = frozenset(
+    """bitcast get-tuple-element all-reduce-done all-gather-done reduce-scatter-done
+    collective-permute-done""".split()
 )
 _VIEWS = frozenset({"bitcast", "reshape", "copy", "transpose", "convert"})
 _SPREADS = frozenset({"pad", "concatenate"})  # elements to other places
@@ -65,6 +70,7 @@ class Traffic:
     """Of one run of the program on one device."""
 
     num_bytes: int  # without the pages
+    near_bytes: int  # besides: read from a cache
     page_bytes: int  # of the pages, by anything but kernels
     largest: tuple[Moved, ...]  # largest first
 
@@ -73,6 +79,14 @@ class _Array(NamedTuple):
     num_bytes: int
     dims: tuple[int, ...]
     in_memory: bool
+
+
+class _Access(NamedTuple):
+    """An operation's read or write of an array."""
+
+    num_bytes: int
+    array: _Array
+    read_from: str | None  # the operation that wrote it; None: it is written here
 
 
 class _Op(NamedTuple):
@@ -84,61 +98,96 @@ class _Op(NamedTuple):
     is_root: bool
 
 
-def traffic_of(text: str, *, pages: tuple[int, ...], num_largest: int = 10) -> Traffic:
-    """`pages` is the shape of a layer's pages on one device."""
-    program = _Program(_parse(text), pages)
-    moved, page_bytes = program.run("ENTRY")
-    largest = sorted(moved, reverse=True)[:num_largest]
+def traffic_of(
+    text: str, *, pages: tuple[int, ...], cache_bytes: int = 0, num_largest: int = 10
+) -> Traffic:
+    """`pages` is the shape of a layer's pages on one device. In a cache of `cache_bytes` is what
+    was written since no more than a quarter of it was moved."""
+    run = _Program(_parse(text), pages, near_bytes=cache_bytes // 4).run("ENTRY")
     return Traffic(
-        num_bytes=sum(item.num_bytes for item in moved),
-        page_bytes=page_bytes,
-        largest=tuple(largest),
+        num_bytes=run.num_bytes,
+        near_bytes=run.near_bytes,
+        page_bytes=run.page_bytes,
+        largest=tuple(sorted(run.moved, reverse=True)[:num_largest]),
     )
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """What a computation moves; while it runs, how far ago its values were written."""
+
+    moved: list[Moved] = field(default_factory=list)
+    num_bytes: int = 0
+    near_bytes: int = 0
+    page_bytes: int = 0
+    written: dict[str, int] = field(default_factory=dict)  # `num_bytes` behind the operation
+
+    def add(self, run: "_Run", *, times: int) -> None:
+        """Another one, that was run inside."""
+        self.moved += [item._replace(num_bytes=times * item.num_bytes) for item in run.moved]
+        self.num_bytes += times * run.num_bytes
+        self.near_bytes += times * run.near_bytes
+        self.page_bytes += times * run.page_bytes
+
+    def distance(self, access: _Access) -> float:
+        """Bytes that were moved from the beginning of its writing on."""
+        if access.read_from not in self.written:
+            return math.inf
+        return self.num_bytes - self.written[access.read_from] + access.array.num_bytes
 
 
 class _Program:
     """The computations of a program, and what running one of them moves."""
 
-    def __init__(self, computations: Mapping[str, Sequence[_Op]], pages: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        computations: Mapping[str, Sequence[_Op]],
+        pages: tuple[int, ...],
+        *,
+        near_bytes: int = 0,
+    ) -> None:
         self.computations = computations
         self.pages = pages
+        self.near_bytes = near_bytes
 
-    def run(self, name: str) -> tuple[list[Moved], int]:
-        """The operations of a computation with their bytes, and the bytes of pages."""
+    def run(self, name: str) -> _Run:
+        """Runs a computation."""
         ops = {op.name: op for op in self.computations[name]}
-        moved: list[Moved] = []
-        page_bytes = 0
+        run = _Run()
         for op in ops.values():
             inside = self._inside(op)
             if inside is not None:
-                times, (more, more_pages) = inside
-                moved += [item._replace(num_bytes=times * item.num_bytes) for item in more]
-                page_bytes += times * more_pages
+                times, inner = inside
+                run.add(inner, times=times)
                 continue
             is_kernel = op.opcode == "custom-call"
-            all_bytes = of_pages = 0
-            for size, dims in self._arrays(op, ops):
-                all_bytes += size
-                of_pages += size if self._is_cache(dims, is_kernel=is_kernel) else 0
-            if not is_kernel:
-                page_bytes += of_pages
-            num_bytes = all_bytes - of_pages
+            num_bytes = 0
+            for access in self._accesses(op, ops):
+                if self._is_cache(access.array.dims, is_kernel=is_kernel):
+                    run.page_bytes += 0 if is_kernel else access.num_bytes
+                elif run.distance(access) <= self.near_bytes:
+                    run.near_bytes += access.num_bytes
+                else:
+                    num_bytes += access.num_bytes
+            run.num_bytes += num_bytes
+            if op.opcode not in _FREE:
+                run.written[op.name] = run.num_bytes
             if num_bytes:
                 found = _OP_NAME.search(op.attributes)
-                moved.append(Moved(num_bytes, op.opcode, found[1] if found else op.name))
-        return moved, page_bytes
+                run.moved.append(Moved(num_bytes, op.opcode, found[1] if found else op.name))
+        return run
 
     def _is_cache(self, dims: tuple[int, ...], *, is_kernel: bool) -> bool:
         """The pages; a kernel may see them in another shape."""
         return dims == self.pages or (is_kernel and math.prod(dims) == math.prod(self.pages))
 
-    def _inside(self, op: _Op) -> tuple[int, tuple[list[Moved], int]] | None:
+    def _inside(self, op: _Op) -> tuple[int, _Run] | None:
         """What control flow runs, and how often; None for an operation that moves bytes itself."""
         branches = _BRANCHES.search(op.attributes)
         if op.opcode == "conditional" and branches is not None:
             names = branches[1].split(",") if branches[1] else branches.group(2, 3)
             runs = [self.run(name.strip().lstrip("%")) for name in names]
-            return 1, min(runs, key=lambda run: sum(item.num_bytes for item in run[0]))
+            return 1, min(runs, key=lambda run: run.num_bytes)
         if op.opcode == "while":
             body, trips = _BODY.search(op.attributes), _TRIPS.search(op.attributes)
             assert body is not None, op.name
@@ -148,8 +197,8 @@ class _Program:
             return 1, self.run(called[1])
         return None
 
-    def _arrays(self, op: _Op, ops: Mapping[str, _Op]) -> list[tuple[int, tuple[int, ...]]]:
-        """What an operation moves: bytes, and the dimensions of the array they belong to."""
+    def _accesses(self, op: _Op, ops: Mapping[str, _Op]) -> list[_Access]:
+        """What an operation reads and writes."""
         if op.opcode in _FREE or "cross_program_prefetch_index" in op.attributes:
             return []  # such a prefetch is of the next run's weights, or of this one's by the last
         if op.opcode in ("copy-start", "slice-start"):
@@ -158,8 +207,8 @@ class _Program:
         called = _CALLED.search(op.attributes)
         if op.opcode == "fusion" and called is not None:
             body = {inner.name: inner for inner in self.computations[called[1]]}
-        moved = [
-            (size, array.dims)
+        reads = [
+            _Access(size, array, _writer_of(name, ops))
             for index, name in enumerate(dict.fromkeys(op.operands))
             if name in ops
             for array in ops[name].results
@@ -168,18 +217,26 @@ class _Program:
         ]
         written = _written(op, body, ops)
         results = op.results[-1:] if op.opcode.endswith("-start") else op.results
-        return moved + [
-            (min(array.num_bytes, written or array.num_bytes), array.dims)
+        return reads + [
+            _Access(min(array.num_bytes, written or array.num_bytes), array, None)
             for array in results
             if array.in_memory
         ]
 
 
-def _copied(op: _Op) -> list[tuple[int, tuple[int, ...]]]:
+def _writer_of(name: str, ops: Mapping[str, _Op]) -> str:
+    """The operation that made a value, behind others that only name it."""
+    op = ops[name]
+    while op.opcode in _NAMES and op.operands and op.operands[0] in ops:
+        op = ops[op.operands[0]]
+    return op.name
+
+
+def _copied(op: _Op) -> list[_Access]:
     """A copy's result is (to, from, token); a slice's (from, to, token): both move the smaller."""
     arrays = [array for array in op.results if array.num_bytes > 4][:2]
     size = min((array.num_bytes for array in arrays), default=0)
-    return [(size, array.dims) for array in arrays if array.in_memory]
+    return [_Access(size, array, None) for array in arrays if array.in_memory]
 
 
 def _taken(

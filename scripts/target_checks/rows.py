@@ -33,6 +33,7 @@ class Row:
     temp_mib: float
     code_mib: float
     moved_mib: float  # planner/traffic.py
+    near_mib: float = 0.0  # besides: read from a GPU's L2 cache
     ideal_mib: float  # what must move; 0: not said
     always: Mapping[str, int]  # collectives of every run, by kind
     in_branches: Mapping[str, int]  # those of some runs
@@ -59,7 +60,7 @@ class Row:
             str(self.num_args),
             *(f"{size:.0f}" for size in (self.argument_mib, self.alias_mib)),
             *(f"{size:.1f}" for size in (self.temp_mib, self.code_mib)),
-            *(f"{size:.0f}" for size in (self.moved_mib, self.ideal_mib)),
+            *(f"{size:.0f}" for size in (self.moved_mib, self.near_mib, self.ideal_mib)),
             ratio,
             _in_words(self.always),
             _in_words(self.in_branches),
@@ -74,8 +75,8 @@ def from_stored(name: str, stored: Mapping[str, Any]) -> Row:
 
 
 STEP_HEADER = (
-    "| machine | model | step | s | args | args MiB | alias | temp | code | moved | ideal | ratio "
-    "| always | in branches | |\n" + "| --- " * 15 + "|"
+    "| machine | model | step | s | args | args MiB | alias | temp | code | moved | L2 | ideal "
+    "| ratio | always | in branches | |\n" + "| --- " * 16 + "|"
 )
 
 

@@ -49,7 +49,10 @@ def check_step(case: StepCase) -> Row:
     engine = with_layers(case.config_json, whole, devices, NUM_LAYERS)
     step = compile_step(engine, case.bucket)
     facts = step.facts
-    traffic = traffic_of(step.hlo, pages=page_shape(engine))
+    gpu = target.chip.gpu
+    traffic = traffic_of(
+        step.hlo, pages=page_shape(engine), cache_bytes=0 if gpu is None else gpu.l2_bytes
+    )
     always = [item for item in facts.collectives if item.always]
     others = [item for item in facts.collectives if not item.always]
     ideal = ideal_bytes(engine, case.bucket)
@@ -61,6 +64,7 @@ def check_step(case: StepCase) -> Row:
         temp_mib=facts.temp_bytes / MIB,
         code_mib=facts.code_bytes / MIB,
         moved_mib=traffic.num_bytes / MIB,
+        near_mib=traffic.near_bytes / MIB,
         ideal_mib=ideal / MIB,
         always=counted(always),
         in_branches=counted(others),

@@ -158,6 +158,28 @@ def test_a_branch_counts_as_the_cheaper_and_a_loop_as_often_as_it_runs() -> None
     assert moved(X, known, others=CONTROL) == 20 * ROW
 
 
+def test_what_was_written_just_now_is_read_from_the_cache() -> None:
+    chain = (
+        X,
+        "%w = f32[1024]{0} parameter(1)",
+        "%y = f32[256]{0} negate(%x)",
+        "%v = f32[256]{0} bitcast(%y)",
+        "%z = f32[256]{0} negate(%v)",
+        "%s = f32[8]{0} reduce(%w)",
+        "ROOT %o = f32[256]{0} add(%y, %x)",
+    )
+    text, small = program(*chain), 32
+    least = (1 + 1) * ROW + ROW + (4 * ROW + small) + (1 + 1) * ROW  # y, z, s, o without y
+    for cache_bytes, near_rows in ((0, 0), (4 * ROW - 1, 0), (4 * ROW, 1), (20 * ROW, 1)):
+        traffic = traffic_of(text, pages=PAGES, cache_bytes=cache_bytes)
+        assert traffic.near_bytes == near_rows * ROW
+        assert traffic.num_bytes == least + (2 - near_rows) * ROW
+    # From before y was written to its second reading 6 rows and s were moved.
+    far = 4 * (6 * ROW + small)
+    assert traffic_of(text, pages=PAGES, cache_bytes=far - 1).near_bytes == ROW
+    assert traffic_of(text, pages=PAGES, cache_bytes=far).near_bytes == 2 * ROW
+
+
 def test_pages_are_the_kernels_and_nobody_elses() -> None:
     pages = "%p = bf16[8,2,16,128]{3,2,1,0} parameter(0)"
     kernel = "%k = bf16[8,2,16,128]{3,2,1,0} custom-call(%p)"
