@@ -1,4 +1,4 @@
-"""How an array lies in a TPU's memory, where XLA has to be told. Knows platforms, no layers."""
+"""How an array lies in a device's memory, where XLA has to be told. Knows platforms, no layers."""
 
 import jax
 from jax import Array, shard_map
@@ -12,13 +12,25 @@ def heads_first(x_TKGH: Array, mesh: Mesh) -> Array:
     """The same values. A TPU keeps a head's rows together, [K, G, T, H], as its attention kernels
     read and write them: without a word XLA finds one layout for queries, another one for keys, and
     copies all of a layer's projections for it (docs/decisions/0016)."""
+    return _laid_out(x_TKGH, (1, 2, 0, 3), "TKGH", mesh, "tpu")
 
-    def constrain(x_TKGH: Array) -> Array:
-        return with_layout_constraint(x_TKGH, Layout(major_to_minor=(1, 2, 0, 3)))
 
-    def on_device(x_TKGH: Array) -> Array:
-        return jax.lax.platform_dependent(x_TKGH, tpu=constrain, default=lambda x: x)
+def rows_first(x_SV: Array, mesh: Mesh) -> Array:
+    """The same values. On a GPU XLA has products of few rows write columns, and turns them where a
+    row is searched for its maximum."""
+    return _laid_out(x_SV, (0, 1), "SV", mesh, "cuda", "rocm")
+
+
+def _laid_out(
+    x: Array, major_to_minor: tuple[int, ...], letters: str, mesh: Mesh, *platforms: str
+) -> Array:
+    def constrain(x: Array) -> Array:
+        return with_layout_constraint(x, Layout(major_to_minor=major_to_minor))
+
+    def on_device(x: Array) -> Array:
+        branches = dict.fromkeys(platforms, constrain)
+        return jax.lax.platform_dependent(x, **branches, default=lambda x: x)
 
     # (XLA gathers an array before it constrains it.)
-    spec = spec_of("TKGH")
-    return shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec)(x_TKGH)
+    spec = spec_of(letters)
+    return shard_map(on_device, mesh=mesh, in_specs=spec, out_specs=spec)(x)

@@ -16,6 +16,7 @@ from jaxinfer.layers.attention import Attention, AttentionConfig
 from jaxinfer.layers.batch_types import LayerContext, StepBatch
 from jaxinfer.layers.einsum import Einsum
 from jaxinfer.layers.embedding import Embedding
+from jaxinfer.layers.layout import rows_first
 from jaxinfer.layers.mlp import GatedMLP
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rope import RopeAngles, shared_rope_angles
@@ -90,6 +91,7 @@ class Llama(nnx.Module):
         self.final_norm = RMSNorm(context, "D", eps=config.norm_eps, D=D)
         self.head = None if config.tie_embeddings else Einsum(context, "SD,DV->SV", D=D, V=V)
         self.config = config
+        self.mesh = context.mesh
 
     def __call__(
         self, token_ids_T: Array, pages_L: tuple[Array, ...], batch: StepBatch
@@ -108,7 +110,8 @@ class Llama(nnx.Module):
             logits_SV = self.embedding.attend(hidden_SD, num_rows=num_rows)
         else:
             logits_SV = self.head(hidden_SD, num_rows=num_rows)
-        return logits_SV.astype("float32") / self.config.logits_divisor
+        logits_SV = logits_SV.astype("float32") / self.config.logits_divisor
+        return rows_first(logits_SV, self.mesh)
 
 
 def llama_family(config: Mapping[str, Any], *, tensor: int) -> ModelDef:

@@ -150,12 +150,17 @@ class _Program:
         self.pages = pages
         self.near_bytes = near_bytes
 
-    def run(self, name: str) -> _Run:
-        """Runs a computation."""
+    def run(self, name: str, written: Sequence[int | None] = ()) -> _Run:
+        """Runs a computation; `written` is when the elements of its argument were, before now."""
         ops = {op.name: op for op in self.computations[name]}
         run = _Run()
         for op in ops.values():
-            inside = self._inside(op)
+            if op.opcode == "get-tuple-element" and ops[op.operands[0]].opcode == "parameter":
+                index = int(op.attributes.partition("index=")[2].partition(",")[0])
+                if index < len(written) and written[index] is not None:
+                    run.written[op.name] = written[index]
+                continue
+            inside = self._inside(op, ops, run)
             if inside is not None:
                 times, inner = inside
                 run.add(inner, times=times)
@@ -181,12 +186,15 @@ class _Program:
         """The pages; a kernel may see them in another shape."""
         return dims == self.pages or (is_kernel and math.prod(dims) == math.prod(self.pages))
 
-    def _inside(self, op: _Op) -> tuple[int, _Run] | None:
+    def _inside(self, op: _Op, ops: Mapping[str, _Op], run: _Run) -> tuple[int, _Run] | None:
         """What control flow runs, and how often; None for an operation that moves bytes itself."""
         branches = _BRANCHES.search(op.attributes)
         if op.opcode == "conditional" and branches is not None:
             names = branches[1].split(",") if branches[1] else branches.group(2, 3)
-            runs = [self.run(name.strip().lstrip("%")) for name in names]
+            runs = [
+                self.run(name.strip().lstrip("%"), _written_before(argument, ops, run))
+                for name, argument in zip(names, op.operands[1:], strict=True)
+            ]
             return 1, min(runs, key=lambda run: run.num_bytes)
         if op.opcode == "while":
             body, trips = _BODY.search(op.attributes), _TRIPS.search(op.attributes)
@@ -227,9 +235,17 @@ class _Program:
 def _writer_of(name: str, ops: Mapping[str, _Op]) -> str:
     """The operation that made a value, behind others that only name it."""
     op = ops[name]
-    while op.opcode in _NAMES and op.operands and op.operands[0] in ops:
+    while op.opcode in _NAMES and ops[op.operands[0]].opcode != "parameter":
         op = ops[op.operands[0]]
     return op.name
+
+
+def _written_before(argument: str, ops: Mapping[str, _Op], run: _Run) -> list[int | None]:
+    """When the elements of a tuple were written, in bytes before now (at most 0)."""
+    if ops[argument].opcode != "tuple":
+        return []
+    times = [run.written.get(_writer_of(name, ops)) for name in ops[argument].operands]
+    return [None if time is None else time - run.num_bytes for time in times]
 
 
 def _copied(op: _Op) -> list[_Access]:

@@ -136,7 +136,9 @@ def test_a_gpu_writes_rows_and_runs_more_operations(steps, engines, decode) -> N
     ideal = steps.ideal_bytes(on_gpus, decode)
     cases = ((1.09, rows, True), (1.2, 0, False), (1.09, rows + 1, False))
     for times, page_bytes, is_good in cases:
-        traffic = Traffic(num_bytes=int(times * ideal), near_bytes=0, page_bytes=page_bytes, largest=())
+        traffic = Traffic(
+            num_bytes=int(times * ideal), near_bytes=0, page_bytes=page_bytes, largest=()
+        )
         assert is_good == (not steps.traffic_problems(on_gpus, decode, traffic, ideal))
 
 

@@ -174,6 +174,16 @@ def test_what_was_written_just_now_is_read_from_the_cache() -> None:
         traffic = traffic_of(text, pages=PAGES, cache_bytes=cache_bytes)
         assert traffic.near_bytes == near_rows * ROW
         assert traffic.num_bytes == least + (2 - near_rows) * ROW
+    # So does a branch.
+    branch = chain[2], "%t = (f32[256]{0}) tuple(%y)", "%c = s32[] parameter(1)"
+    choice = "ROOT %o = f32[256]{0} conditional(%c, %t, %t), branch_computations={%one, %one}"
+    one = (
+        "%one (a: (f32[256])) -> f32[256] {\n  %a = (f32[256]{0}) parameter(0)\n"
+        "  %e = f32[256]{0} get-tuple-element(%a), index=0\n  ROOT %n = f32[256]{0} negate(%e)\n}\n"
+    )
+    chosen = program(X, *branch, choice, others=one)
+    for cache_bytes, near in ((4 * ROW - 1, 0), (4 * ROW, ROW)):
+        assert traffic_of(chosen, pages=PAGES, cache_bytes=cache_bytes).near_bytes == near
     # From before y was written to its second reading 6 rows and s were moved.
     far = 4 * (6 * ROW + small)
     assert traffic_of(text, pages=PAGES, cache_bytes=far - 1).near_bytes == ROW
