@@ -157,8 +157,9 @@ class _Program:
         for op in ops.values():
             if op.opcode == "get-tuple-element" and ops[op.operands[0]].opcode == "parameter":
                 index = int(op.attributes.partition("index=")[2].partition(",")[0])
-                if index < len(written) and written[index] is not None:
-                    run.written[op.name] = written[index]
+                before = written[index] if index < len(written) else None
+                if before is not None:
+                    run.written[op.name] = before
                 continue
             inside = self._inside(op, ops, run)
             if inside is not None:
