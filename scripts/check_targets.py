@@ -9,7 +9,8 @@
 Each program must fit its machine, change the cache in place, hold few temporaries and arguments,
 move no more than 1.1 times what it must, and talk to other devices two times a layer. Then it is
 compared with docs/results/targets.json, which states how much worse a figure may be. `moved` are
-the bytes that planner/traffic.py counts, without the pages; `ideal` is target_checks/steps.py's.
+the bytes that planner/traffic.py counts, without the pages, `L2` those that a GPU reads from its
+cache instead; `ideal` is target_checks/steps.py's.
 """
 
 import os

@@ -204,6 +204,7 @@ def compile_step(
         program = _layers_of(model, bucket, program)
     compiled, trace_s, compile_s = _compile(engine, program, options)
     text = compiled.as_text() or ""
+    # (Of a GPU somewhat too much: a plan does not count on its cache.)
     moved_bytes = traffic_of(text, pages=page_shape(engine)).num_bytes
     facts = read_facts(
         compiled, text, moved_bytes=moved_bytes, trace_s=trace_s, compile_s=compile_s
