@@ -13,21 +13,17 @@ A cache of pages is left out of the figure: what a kernel reads of it depends on
 `page_bytes` is what anything but kernels moves of it: nothing, or the step's own rows where XLA
 writes them.
 
-Knows the syntax of XLA's HLO text; imports nothing of JAX.
+Knows what operations mean, and attributes of XLA's HLO text; imports nothing of JAX.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-_HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) .*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
-_ARRAY = re.compile(
-    r"(?P<type>pred|[a-z]+\d+(?:e\dm\d\w*)?)\[(?P<dims>[\d,]*)\](?P<layout>\{[^{}]*\})?"
-)
-_SPACE = re.compile(r"S\((\d+)\)")
+from jaxinfer.planner.hlo_text import Array, Operation, parse_program
+
 _BRANCHES = re.compile(
     r"branch_computations=\{([^}]*)\}|true_computation=([^,]+), false_computation=([^,\s]+)"
 )
@@ -75,27 +71,12 @@ class Traffic:
     largest: tuple[Moved, ...]  # largest first
 
 
-class _Array(NamedTuple):
-    num_bytes: int
-    dims: tuple[int, ...]
-    in_memory: bool
-
-
 class _Access(NamedTuple):
     """An operation's read or write of an array."""
 
     num_bytes: int
-    array: _Array
+    array: Array
     read_from: str | None  # the operation that wrote it; None: it is written here
-
-
-class _Op(NamedTuple):
-    name: str
-    opcode: str
-    results: tuple[_Array, ...]
-    operands: tuple[str, ...]
-    attributes: str
-    is_root: bool
 
 
 def traffic_of(
@@ -103,7 +84,7 @@ def traffic_of(
 ) -> Traffic:
     """`pages` is the shape of a layer's pages on one device. In a cache of `cache_bytes` is what
     was written since no more than a quarter of it was moved."""
-    run = _Program(_parse(text), pages, near_bytes=cache_bytes // 4).run("ENTRY")
+    run = _Program(parse_program(text), pages, near_bytes=cache_bytes // 4).run("ENTRY")
     return Traffic(
         num_bytes=run.num_bytes,
         near_bytes=run.near_bytes,
@@ -141,7 +122,7 @@ class _Program:
 
     def __init__(
         self,
-        computations: Mapping[str, Sequence[_Op]],
+        computations: Mapping[str, Sequence[Operation]],
         pages: tuple[int, ...],
         *,
         near_bytes: int = 0,
@@ -187,7 +168,9 @@ class _Program:
         """The pages; a kernel may see them in another shape."""
         return dims == self.pages or (is_kernel and math.prod(dims) == math.prod(self.pages))
 
-    def _inside(self, op: _Op, ops: Mapping[str, _Op], run: _Run) -> tuple[int, _Run] | None:
+    def _inside(
+        self, op: Operation, ops: Mapping[str, Operation], run: _Run
+    ) -> tuple[int, _Run] | None:
         """What control flow runs, and how often; None for an operation that moves bytes itself."""
         branches = _BRANCHES.search(op.attributes)
         if op.opcode == "conditional" and branches is not None:
@@ -206,7 +189,7 @@ class _Program:
             return 1, self.run(called[1])
         return None
 
-    def _accesses(self, op: _Op, ops: Mapping[str, _Op]) -> list[_Access]:
+    def _accesses(self, op: Operation, ops: Mapping[str, Operation]) -> list[_Access]:
         """What an operation reads and writes."""
         if op.opcode in _FREE or "cross_program_prefetch_index" in op.attributes:
             return []  # such a prefetch is of the next run's weights, or of this one's by the last
@@ -233,7 +216,7 @@ class _Program:
         ]
 
 
-def _writer_of(name: str, ops: Mapping[str, _Op]) -> str:
+def _writer_of(name: str, ops: Mapping[str, Operation]) -> str:
     """The operation that made a value, behind others that only name it."""
     op = ops[name]
     while op.opcode in _NAMES and ops[op.operands[0]].opcode != "parameter":
@@ -241,7 +224,7 @@ def _writer_of(name: str, ops: Mapping[str, _Op]) -> str:
     return op.name
 
 
-def _written_before(argument: str, ops: Mapping[str, _Op], run: _Run) -> list[int | None]:
+def _written_before(argument: str, ops: Mapping[str, Operation], run: _Run) -> list[int | None]:
     """When the elements of a tuple were written, in bytes before now (at most 0)."""
     if ops[argument].opcode != "tuple":
         return []
@@ -249,7 +232,7 @@ def _written_before(argument: str, ops: Mapping[str, _Op], run: _Run) -> list[in
     return [None if time is None else time - run.num_bytes for time in times]
 
 
-def _copied(op: _Op) -> list[_Access]:
+def _copied(op: Operation) -> list[_Access]:
     """A copy's result is (to, from, token); a slice's (from, to, token): both move the smaller."""
     arrays = [array for array in op.results if array.num_bytes > 4][:2]
     size = min((array.num_bytes for array in arrays), default=0)
@@ -257,7 +240,11 @@ def _copied(op: _Op) -> list[_Access]:
 
 
 def _taken(
-    op: _Op, operand: int, array: _Array, body: Mapping[str, _Op], ops: Mapping[str, _Op]
+    op: Operation,
+    operand: int,
+    array: Array,
+    body: Mapping[str, Operation],
+    ops: Mapping[str, Operation],
 ) -> int | None:
     """Bytes of an operand that are read."""
     if not body:
@@ -273,7 +260,7 @@ def _taken(
     return math.ceil(array.num_bytes * _needed(start, body, {}))
 
 
-def _needed(value: _Op, body: Mapping[str, _Op], known: dict[str, float]) -> float:
+def _needed(value: Operation, body: Mapping[str, Operation], known: dict[str, float]) -> float:
     """The part of a value inside a fusion that the results need, at most 1: each element is
     computed where it is used. `known` are those of other values."""
     if value.is_root:
@@ -291,7 +278,11 @@ def _needed(value: _Op, body: Mapping[str, _Op], known: dict[str, float]) -> flo
 
 
 def _needed_by(
-    user: _Op, operand: int, elements: int, body: Mapping[str, _Op], known: dict[str, float]
+    user: Operation,
+    operand: int,
+    elements: int,
+    body: Mapping[str, Operation],
+    known: dict[str, float],
 ) -> float:
     """Elements of an operand of so many, that as much of `user` needs as is needed."""
     if user.opcode in _UPDATES:
@@ -312,7 +303,7 @@ def _needed_by(
     return elements
 
 
-def _part_of_window(op: _Op, body: Mapping[str, _Op]) -> float:
+def _part_of_window(op: Operation, body: Mapping[str, Operation]) -> float:
     """Of a convolution's first operand: negative padding cuts (XLA's way to slice for it)."""
     padding, labels = _PADDING.search(op.attributes), _LABELS.search(op.attributes)
     if padding is None or labels is None:
@@ -324,11 +315,13 @@ def _part_of_window(op: _Op, body: Mapping[str, _Op]) -> float:
     return part
 
 
-def _elements(op: _Op) -> int:
+def _elements(op: Operation) -> int:
     return sum(math.prod(array.dims) for array in op.results)
 
 
-def _written(op: _Op, body: Mapping[str, _Op], ops: Mapping[str, _Op]) -> int | None:
+def _written(
+    op: Operation, body: Mapping[str, Operation], ops: Mapping[str, Operation]
+) -> int | None:
     """Bytes of a result that are written, where an operation changes a part of it in place."""
     if not body:
         if op.opcode in _UPDATES:
@@ -342,64 +335,5 @@ def _written(op: _Op, body: Mapping[str, _Op], ops: Mapping[str, _Op]) -> int | 
     return _size(body, root.operands[_UPDATES[root.opcode]])
 
 
-def _size(ops: Mapping[str, _Op], name: str) -> int:
+def _size(ops: Mapping[str, Operation], name: str) -> int:
     return sum(array.num_bytes for array in ops[name].results) if name in ops else 0
-
-
-def _parse(text: str) -> dict[str, list[_Op]]:
-    """Computation name -> its operations; the entry's is "ENTRY"."""
-    computations: dict[str, list[_Op]] = {}
-    current: list[_Op] = []
-    for line in text.splitlines():
-        header = None if line.startswith(" ") else _HEADER.match(line)
-        if header is not None:
-            current = computations.setdefault("ENTRY" if header["entry"] else header["name"], [])
-            continue
-        match = _INSTRUCTION.match(line)
-        if match is not None:
-            current.append(_parse_op(match["name"], match["rest"], is_root=bool(match["root"])))
-    return computations
-
-
-def _parse_op(name: str, rest: str, *, is_root: bool) -> _Op:
-    """`rest` is `TYPE OPCODE(OPERANDS), ATTRIBUTES`; the type may be a tuple."""
-    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
-    results, call = rest[:end], rest[end:].lstrip()
-    opcode, operands_on = call.split("(", 1)
-    length = _closing("(" + operands_on) - 2
-    operands, attributes = operands_on[:length], operands_on[length + 1 :]
-    if opcode == "parameter":
-        attributes = f"parameter({operands})"
-    return _Op(
-        name=name,
-        opcode=opcode,
-        results=tuple(_arrays_of(results)),
-        operands=tuple(re.findall(r"%([\w.\-]+)", operands)),
-        attributes=attributes,
-        is_root=is_root,
-    )
-
-
-def _closing(text: str) -> int:
-    """One behind the parenthesis that closes the first."""
-    depth = 0
-    for index, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return index + 1
-    raise AssertionError(f"unbalanced: {text[:80]}")
-
-
-def _arrays_of(type_text: str) -> Iterable[_Array]:
-    for match in _ARRAY.finditer(type_text):
-        dims = tuple(int(size) for size in match["dims"].split(",") if size)
-        bits = re.search(r"\d+", match["type"])
-        count = 1
-        for size in dims:
-            count *= size
-        space = _SPACE.search(match["layout"] or "")
-        yield _Array(
-            num_bytes=count * (int(bits[0]) if bits else 8) // 8,
-            dims=dims,
-            in_memory=space is None or space[1] == "0",
-        )
