@@ -45,10 +45,7 @@ _NAMES = frozenset(
 )
 _VIEWS = frozenset({"bitcast", "reshape", "copy", "transpose", "convert"})
 _SPREADS = frozenset({"pad", "concatenate"})  # elements to other places
-_NEEDS_ALL = frozenset(
-    """dot convolution reduce-window sort reverse call custom-call scatter while
-    conditional map""".split()
-)
+_NEEDS_ALL = frozenset("dot convolution reduce-window sort reverse custom-call tuple".split())
 _TAKES = frozenset({"gather", "slice", "dynamic-slice"})
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written
 
@@ -148,16 +145,19 @@ class _Program:
                 run.add(inner, times=times)
                 continue
             is_kernel = op.opcode == "custom-call"
-            num_bytes = 0
+            num_bytes, touches_pages = 0, False
             for access in self._accesses(op, ops):
                 if self._is_cache(access.array.dims, is_kernel=is_kernel):
+                    touches_pages = True
                     run.page_bytes += 0 if is_kernel else access.num_bytes
                 elif run.distance(access) <= self.near_bytes:
                     run.near_bytes += access.num_bytes
                 else:
                     num_bytes += access.num_bytes
             run.num_bytes += num_bytes
-            if op.opcode not in _FREE:
+            if is_kernel and touches_pages:  # which may be many, and take the place of all else
+                run.written.clear()
+            elif op.opcode not in _FREE:
                 run.written[op.name] = run.num_bytes
             if num_bytes:
                 found = _OP_NAME.search(op.attributes)
@@ -295,7 +295,7 @@ def _needed_by(
         return min(elements, part * _elements(user))
     if user.opcode == "convolution" and operand == 0:
         return elements * _part_of_window(user, body)
-    if user.opcode in _NEEDS_ALL or user.opcode == "tuple":
+    if user.opcode in _NEEDS_ALL:
         return elements
     is_shared_out = user.opcode in _VIEWS or user.opcode in _SPREADS or user.opcode == "reduce"
     if is_shared_out or elements == _elements(user):

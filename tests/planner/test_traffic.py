@@ -92,7 +92,7 @@ CUTS = """
 %turns (p: f32[8,1,4,256], w: f32[256,256,1,1]) -> f32[8,1,3,256] {
   %p = f32[8,1,4,256]{3,2,1,0} parameter(0)
   %w = f32[256,256,1,1]{3,2,1,0} parameter(1)
-  ROOT %y = f32[8,1,3,256]{3,2,1,0} convolution(%p, %w), window={size=1x1 pad=0_0x0_-1}, dim_labels=b01f_io01->b01f
+  ROOT %y = f32[8,1,3,256] convolution(%p, %w), window={pad=0_0x0_-1}, dim_labels=b01f_io01->b01f
 }
 
 %contracts (p: f32[8,256]) -> f32[8,1] {
@@ -100,7 +100,7 @@ CUTS = """
   %all = f32[8,8]{1,0} dot(%p, %p), lhs_contracting_dims={1}, rhs_contracting_dims={1}
   ROOT %s = f32[8,1]{1,0} slice(%all), slice={[0:8], [0:1]}
 }
-"""  # noqa: E501
+"""
 
 
 def test_a_fusion_reads_what_its_results_need() -> None:
@@ -184,6 +184,11 @@ def test_what_was_written_just_now_is_read_from_the_cache() -> None:
     chosen = program(X, *branch, choice, others=one)
     for cache_bytes, near in ((4 * ROW - 1, 0), (4 * ROW, ROW)):
         assert traffic_of(chosen, pages=PAGES, cache_bytes=cache_bytes).near_bytes == near
+    # A kernel that reads pages leaves nothing.
+    pages = "%p = bf16[8,2,16,128]{3,2,1,0} parameter(1)"
+    kernel = "%k = f32[8]{0} custom-call(%p)"
+    behind = program(X, pages, chain[2], kernel, "ROOT %o = f32[256]{0} negate(%y)")
+    assert traffic_of(behind, pages=PAGES, cache_bytes=20 * ROW).near_bytes == 0
     # From before y was written to its second reading 6 rows and s were moved.
     far = 4 * (6 * ROW + small)
     assert traffic_of(text, pages=PAGES, cache_bytes=far - 1).near_bytes == ROW
